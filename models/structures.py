@@ -1,0 +1,118 @@
+"""The nouns that cross borders between floors; each axis word means the same thing in every file.
+
+Boxes are `boxes_cxcywh` (normalised to the unpadded picture, never to the padded batch) or `boxes_xyxy` (pixels).
+Padding masks are True on padding, as in DETR.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Images:
+    """A batch of normalised pictures, padded with zeros at the bottom and the right to one size."""
+
+    pixels: Float[Tensor, "batch 3 height width"]
+    padding: Bool[Tensor, "batch height width"]
+    sizes: Int64[Tensor, "batch 2"]
+    """(height, width) of each picture before padding, in pixels."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What each picture of a batch holds: one tensor of boxes and one of labels per picture."""
+
+    boxes_cxcywh: tuple[Float[Tensor, "_ 4"], ...]
+    """Normalised to the size of the unpadded picture."""
+    labels: tuple[Int64[Tensor, " _"], ...]
+
+
+@dataclass(frozen=True)
+class PatchBatch:
+    """Pictures and the query patches that were cut from them (UP-DETR, section 3.2), on the training device."""
+
+    images: Images
+    patches: Float[Tensor, "batch patches 3 side side"]
+    targets: Targets
+    """The patches' own boxes; every label is 1, "matches a patch"."""
+    keys: tuple[str, ...]
+    """Name of each picture in its shard, for messages and for proving the order."""
+    sample_ids: Int64[Tensor, " batch"]
+    """Position of each picture in the shard index."""
+    skipped: tuple[str, ...] = ()
+    """Keys of the pictures of this batch that could not be decoded; they are counted, never replaced."""
+    blank: bool = False
+    """True where every picture of this rank's part was broken: one empty picture stands in, with weight 0."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Encoder output, one token per feature cell, row-major, levels one after the other."""
+
+    tokens: Float[Tensor, "batch tokens dim"]
+    position: Float[Tensor, "batch tokens dim"]
+    padding: Bool[Tensor, "batch tokens"]
+    spatial_shapes: tuple[tuple[int, int], ...]
+    """(height, width) of each level in cells."""
+    valid_ratios: Float[Tensor, "batch levels 2"]
+    """Share of each level's (height, width) that is not padding."""
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """Object queries that share the decoder's weights with other groups and never see them in self-attention."""
+
+    name: str
+    content: Float[Tensor, "batch queries dim"]
+    position: Float[Tensor, "batch queries dim"]
+    reference: Float[Tensor, "batch queries coordinates"] | None = None
+    intra_mask: Bool[Tensor, "queries queries"] | None = None
+    """True where a query (row) must not attend to a query (column) of the same group."""
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """What one decoder layer says about each query."""
+
+    hidden: Float[Tensor, "batch queries dim"]
+    logits: Float[Tensor, "batch queries classes"]
+    boxes: Float[Tensor, "batch queries 4"]
+    """boxes_cxcywh, normalised to the unpadded picture."""
+    reference: Float[Tensor, "batch queries coordinates"] | None = None
+    self_attention: Float[Tensor, "batch heads queries queries"] | None = None
+    cross_attention: Float[Tensor, "batch heads queries tokens"] | None = None
+
+
+@dataclass(frozen=True)
+class GroupOutput:
+    """The outputs of one query group, first decoder layer first."""
+
+    name: str
+    layers: tuple[LayerOutput, ...]
+
+
+@dataclass(frozen=True)
+class DetectorOutput:
+    """Everything that a detector says about a batch."""
+
+    groups: tuple[GroupOutput, ...]
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The weighted sum that is differentiated and every term by name, unweighted."""
+
+    total: Float[Tensor, ""]
+    terms: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+
+
+def padding_of(sizes: Int64[Tensor, "batch 2"], height: int, width: int) -> Bool[Tensor, "batch height width"]:
+    """The padding mask of pictures of the given (height, width) in a batch of height x width pixels."""
+    rows = torch.arange(height, device=sizes.device)[None, :, None] >= sizes[:, 0, None, None]
+    columns = torch.arange(width, device=sizes.device)[None, None, :] >= sizes[:, 1, None, None]
+    return rows | columns
