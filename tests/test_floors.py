@@ -1,4 +1,4 @@
-"""The floors of the house: what may import what, held by import-linter (pyproject.toml) and shown to bite."""
+"""The floors: what may import what, held by import-linter (pyproject.toml) and shown to bite."""
 
 import ast
 import shutil
@@ -37,7 +37,7 @@ def test_no_file_imports_from_a_floor_above_its_own_or_beside_it() -> None:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What import-linter says about a copy of the house with every kind of forbidden import in it."""
+    """What import-linter says about a house with every kind of forbidden import in it."""
     house = tmp_path_factory.mktemp("house")
     shutil.copy(PROJECT / "pyproject.toml", house)
     for package in CONTRACTS["root_packages"]:

@@ -1,4 +1,4 @@
-"""House rules that a program can check, read from the syntax trees; each is also shown a file that breaks it."""
+"""House rules that a program can check, read from the syntax trees; each is shown a breach."""
 
 import ast
 import tomllib
