@@ -1,8 +1,9 @@
-"""Class-agnostic average precision, as COCO counts it: the measure of patch detection while pretraining.
+"""Class-agnostic average precision, as COCO counts it: the measure of patch detection.
 
-COCO's definition (Lin et al., 2014; `COCOeval` with one class, no crowds, all areas): detections of a picture are taken
-by falling score, each claims the unclaimed box that it overlaps most, at IoU thresholds 0.50:0.05:0.95; precision
-is made monotone and read at 101 recalls. Exact, and vectorised over thresholds; 1,000 pictures of 100 queries: about 1 s.
+COCO's definition (Lin et al., 2014; `COCOeval` with one class, no crowds, all areas): detections of
+a picture are taken by falling score, each claims the unclaimed box that it overlaps most, at IoU
+thresholds 0.50:0.05:0.95; precision is made monotone and read at 101 recalls. Vectorised over the
+thresholds.
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class AveragePrecision:
 def average_precision(
     pictures: Sequence[PictureDetections], max_detections: int = 100
 ) -> AveragePrecision:
-    """COCO's AP of all pictures together, at most `max_detections` of the highest score from each."""
+    """COCO's AP of all pictures, from the `max_detections` highest scores of each."""
     num_boxes = sum(picture.iou.shape[1] for picture in pictures)
     if num_boxes == 0:
         return AveragePrecision(float("nan"), float("nan"), float("nan"))

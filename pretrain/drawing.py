@@ -3,6 +3,7 @@
 import colorsys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ class Tile:
 
 
 def draw_grid(tiles: Sequence[Tile], columns: int = 3, width: int = 420) -> Image.Image:
-    """The tiles in columns: solid boxes are patches, dashed ones of the same colour what was found."""
+    """The tiles in columns: boxes of patches solid, what was found dashed in the same colour."""
     bottoms = [MARGIN] * min(columns, len(tiles))
     places: list[tuple[Image.Image, int, int]] = []
     for tile in tiles:
@@ -110,7 +111,7 @@ def _dashed_rectangle(
 ) -> None:
     left, top, right, bottom = (float(value) for value in box)
     corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-    for (x0, y0), (x1, y1) in zip(corners, corners[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(corners):
         length = max(abs(x1 - x0), abs(y1 - y0))
         for dash in np.arange(0, length, 10):
             begin, end = dash / length, min(1.0, (dash + 5) / length)

@@ -40,4 +40,5 @@ def test_a_tile_goes_to_the_shortest_column() -> None:
 
 def test_curves_are_written_as_a_picture(tmp_path: Path) -> None:
     draw_curves({"loss": ([0.0, 1.0], [3.0, 2.0])}, tmp_path / "curves.png")
-    assert Image.open(tmp_path / "curves.png").width > 200
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 200
