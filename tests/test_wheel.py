@@ -1,0 +1,116 @@
+"""The wheel holds what the checkout holds, and works from an empty environment in another folder.
+
+The wheel is built with the setuptools at hand, and the environment borrows the dependencies of
+this one, so that the test needs no network.
+"""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+SETUPTOOLS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["setuptools"]
+RECIPES = sorted(path.stem for path in (PROJECT / "pretrain" / "recipes").glob("*.yaml"))
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a copy of the project, so that building leaves nothing in the checkout."""
+    source = tmp_path_factory.mktemp("source")
+    _copy_project(source)
+    out = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
+    _run([*build, str(source)], cwd=source)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scripts folder of an empty environment with the wheel in it."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True)
+    scripts = folder / "bin"
+    install = [str(scripts / "python"), "-m", "pip", "install", "--no-deps", "--no-index"]
+    _run([*install, str(wheel)], cwd=folder)
+    _lend_dependencies(folder)
+    return scripts
+
+
+def test_every_package_of_the_checkout_is_named_for_the_wheel() -> None:
+    """A new folder that pyproject.toml does not list would be missing from the wheel alone."""
+    found = {
+        init.parent.relative_to(PROJECT).as_posix().replace("/", ".")
+        for floor in {package.partition(".")[0] for package in SETUPTOOLS["packages"]}
+        for init in (PROJECT / floor).rglob("__init__.py")
+    }
+    assert found <= set(SETUPTOOLS["packages"])
+
+
+def test_the_wheel_holds_every_module_marker_and_recipe_of_the_checkout(wheel: Path) -> None:
+    expected = {f"{module}.py" for module in SETUPTOOLS["py-modules"]}
+    for package in SETUPTOOLS["packages"]:
+        folder = PROJECT / package.replace(".", "/")
+        for pattern in ("*.py", "*.yaml", "py.typed"):
+            expected |= {file.relative_to(PROJECT).as_posix() for file in folder.glob(pattern)}
+    held = set(zipfile.ZipFile(wheel).namelist())
+    assert expected <= held, f"not in the wheel: {sorted(expected - held)}"
+    assert not {name for name in held if name.startswith(("tests/", "benchmarks/", "docs/"))}
+
+
+def test_the_installed_command_runs_in_another_folder(installed: Path, tmp_path: Path) -> None:
+    shown = _run([str(installed / "querypatch"), "--help"], cwd=tmp_path)
+    assert "pretrain" in shown
+
+
+def test_the_installed_command_lists_and_shows_every_recipe(
+    installed: Path, tmp_path: Path
+) -> None:
+    listed = _run([str(installed / "querypatch"), "recipe", "list"], cwd=tmp_path)
+    assert RECIPES
+    assert [name for name in RECIPES if name not in listed] == []
+    shown = _run([str(installed / "querypatch"), "recipe", "show", RECIPES[0]], cwd=tmp_path)
+    assert shown.strip()
+
+
+def test_the_installed_packages_are_the_wheels_not_the_checkouts(
+    installed: Path, tmp_path: Path
+) -> None:
+    look = "import models.settings; print(models.settings.__file__)"
+    found = Path(_run([str(installed / "python"), "-c", look], cwd=tmp_path).strip())
+    assert installed.parent in found.parents
+
+
+def _copy_project(target: Path) -> None:
+    ignore = shutil.ignore_patterns("__pycache__")
+    for folder in {package.partition(".")[0] for package in SETUPTOOLS["packages"]}:
+        shutil.copytree(PROJECT / folder, target / folder, ignore=ignore)
+    for module in SETUPTOOLS["py-modules"]:
+        shutil.copy(PROJECT / f"{module}.py", target)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(PROJECT / name, target)
+
+
+def _lend_dependencies(environment: Path) -> None:
+    """Put this environment's packages on the other's path, behind its own, without the checkout.
+
+    A plain path in a .pth file appends to sys.path and does not run the .pth files found there;
+    the editable install of the checkout is such a file.
+    """
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    (site_packages / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+
+
+def _run(command: list[str], cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
