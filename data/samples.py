@@ -14,7 +14,7 @@ from typing import Any
 
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-PICTURE_EXTENSIONS = tuple("jpg jpeg png webp bmp gif tif tiff ppm pgm jp2".split())
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2")
 """Extensions, in lower case, that a sample's picture may have; of several the first here counts."""
 
 
