@@ -1,0 +1,120 @@
+"""AdamW in named groups: the backbone and the rest (DETR, section 4; UP-DETR, section 4.1).
+
+Weight decay covers every trainable tensor, biases and norms included, as in the public code. The
+public code finds the backbone by a word in the parameter's name and so freezes learned position
+codes with it; here the backbone is the module itself.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from models.settings import Settings
+from training.schedule import Schedule, learning_rate
+
+
+class OptimiserSettings(Settings):
+    """AdamW and the clipping of its gradients."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    """Learning rate of everything but the backbone."""
+    backbone_lr: float = Field(default=1e-5, gt=0)
+    """Learning rate of the backbone; without effect where it is frozen."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """Decoupled weight decay of every trainable tensor."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running mean of the gradient and of its square."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the mean square."""
+    clip_norm: float | None = Field(default=0.1, gt=0)
+    """Gradients are scaled down to this total norm; null never scales."""
+
+
+def build_optimiser(
+    model: nn.Module, backbone: nn.Module | None, settings: OptimiserSettings
+) -> AdamW:
+    """AdamW over the trainable parameters, in the groups "backbone" (if trainable) and "rest".
+
+    Raises:
+        ValueError: nothing is trainable, or the backbone is not a part of `model`.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("the model has no trainable parameter; unfreeze a part of it")
+    inside = _identities(backbone)
+    if not inside <= {id(p) for _, p in trainable}:
+        raise ValueError("the backbone given to the optimiser is not a part of the model")
+    groups = [
+        _group("backbone", [(n, p) for n, p in trainable if id(p) in inside], settings.backbone_lr),
+        _group("rest", [(n, p) for n, p in trainable if id(p) not in inside], settings.lr),
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=all(p.device.type in ("cpu", "cuda") for _, p in trainable),
+    )
+
+
+def set_learning_rates(optimiser: AdamW, schedule: Schedule, step: int) -> dict[str, float]:
+    """Gives every group its rate for update number `step`; returns the rates by group name."""
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate(schedule, group["base_lr"], step)
+    return {group["name"]: group["lr"] for group in optimiser.param_groups}
+
+
+def load_optimiser_state(optimiser: AdamW, state: Mapping[str, object]) -> None:
+    """Takes over moments and step counts; rates, decay and betas stay as the recipe says.
+
+    Raises:
+        ValueError: the state is of other parameters; the first one that differs is named.
+    """
+    ours = optimiser.state_dict()
+    _check_same_parameters(_names(ours["param_groups"]), _names(state["param_groups"]))
+    optimiser.load_state_dict({"state": state["state"], "param_groups": ours["param_groups"]})
+
+
+def trainable_parameters(optimiser: AdamW) -> list[nn.Parameter]:
+    """The parameters of all groups, in order."""
+    return [p for group in optimiser.param_groups for p in group["params"]]
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The 2-norm of all gradients together, on their device and not yet read."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, clip_norm: float | None) -> None:
+    """Scales the gradients, whose total norm is `norm`, down to `clip_norm`."""
+    if clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+
+
+def _identities(backbone: nn.Module | None) -> set[int]:
+    if backbone is None:
+        return set()
+    return {id(p) for p in backbone.parameters() if p.requires_grad}
+
+
+def _group(name: str, params: list[tuple[str, nn.Parameter]], base_lr: float) -> dict[str, object]:
+    return {"name": name, "params": params, "lr": base_lr, "base_lr": base_lr}
+
+
+def _names(groups: object) -> list[str]:
+    if not isinstance(groups, list):
+        raise ValueError("the optimiser state holds no param_groups; it is not one of ours")
+    return [name for group in groups for name in group.get("param_names", ())]
+
+
+def _check_same_parameters(ours: list[str], theirs: list[str]) -> None:
+    if ours == theirs:
+        return
+    differing = sorted(set(ours) ^ set(theirs)) or ["their order"]
+    raise ValueError(
+        f"the optimiser state is of another model: {len(theirs)} parameters, not {len(ours)}, first "
+        f" difference {differing[0]}; resume with the recipe of the run, or start with init="
+    )
