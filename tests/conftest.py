@@ -11,9 +11,18 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of small genuine ImageNet, VOC and COCO data; the test skips, saying so, where it is absent."""
+    """Folder of small genuine ImageNet, VOC and COCO data; where it is absent the test skips."""
     default = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("QUERYPATCH_DATA", default))
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set QUERYPATCH_DATA to the folder that holds it")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` skip, saying so, where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
