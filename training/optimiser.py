@@ -115,6 +115,6 @@ def _check_same_parameters(ours: list[str], theirs: list[str]) -> None:
         return
     differing = sorted(set(ours) ^ set(theirs)) or ["their order"]
     raise ValueError(
-        f"the optimiser state is of another model: {len(theirs)} parameters, not {len(ours)}, first "
-        f" difference {differing[0]}; resume with the recipe of the run, or start with init="
+        f"the optimiser state is of another model: {len(theirs)} parameters, not {len(ours)}, "
+        f"first difference {differing[0]}; resume with the recipe of the run, or start with init="
     )

@@ -1,0 +1,270 @@
+"""Checkpoints in two phases: the files, and last the manifest without which they do not exist.
+
+`checkpoints/step_000123/` holds model.safetensors, state.pt (optimiser, moving average, position,
+world size) and manifest.json (format, sizes, sha256). Loading checks the hashes and falls back to
+the previous whole checkpoint, saying so. The training thread pays one copy to the CPU; files,
+hashes and uploads are made in the background.
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from training.manifest import FileRecord, Manifest, checkpoint_name, parse_manifest
+from training.retention import RetentionSettings, expired
+from training.run_folder import RunFolder
+from training.snapshot import (
+    MODEL,
+    STATE,
+    CheckpointError,
+    Position,
+    Snapshot,
+    TrainingState,
+    read_files,
+    restore,
+    take_snapshot,
+    write_files,
+)
+from training.uploads import Uploads
+from training.world import World, broadcast_object
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+
+
+class CheckpointWriter:
+    """Stores checkpoints in the background and deletes those that the settings no longer keep."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        uploads: Uploads,
+        settings: RetentionSettings,
+        world: World,
+        recipe_digest: str,
+    ) -> None:
+        self._folder = folder
+        self._uploads = uploads
+        self._settings = settings
+        self._world = world
+        self._recipe_digest = recipe_digest
+
+    def save(self, state: TrainingState, position: Position, metrics: Mapping[str, float]) -> None:
+        """Copies the state to the CPU and queues it; `metrics` are of an evaluation at this step.
+
+        Called on every worker; all but the first return at once.
+        """
+        if not self._world.is_first:
+            return
+        snapshot = take_snapshot(state, position, self._world.size)
+        name = checkpoint_name(position.step)
+        self._uploads.submit(f"checkpoint {name}", lambda: self._store(snapshot, dict(metrics)))
+
+    def flush(self) -> None:
+        """Returns when every queued checkpoint is stored or has failed."""
+        self._uploads.flush()
+
+    def _store(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
+        save_checkpoint(self._folder, snapshot, metrics, self._recipe_digest)
+        delete_expired(self._folder, self._settings)
+
+
+def save_checkpoint(
+    folder: RunFolder,
+    snapshot: Snapshot,
+    metrics: Mapping[str, float],
+    recipe_digest: str,
+) -> Manifest:
+    """Stores a snapshot: files first, manifest last; replaces a checkpoint of the same step.
+
+    Raises:
+        StoreError: the store failed for good; the checkpoint does not exist then.
+    """
+    with folder.spool() as spool:
+        write_files(snapshot, spool)
+        return commit_files(folder, spool, snapshot.position.step, metrics, recipe_digest)
+
+
+def commit_files(
+    folder: RunFolder,
+    source: Path,
+    step: int,
+    metrics: Mapping[str, float],
+    recipe_digest: str,
+) -> Manifest:
+    """Publishes the files that `write_files` made in `source`, and last their manifest.
+
+    On a local run the files are moved out of `source`.
+
+    Raises:
+        StoreError: the store failed for good; the checkpoint does not exist then.
+    """
+    manifest = Manifest(
+        step=step,
+        files={name: _measured(source / name) for name in (MODEL, STATE)},
+        metrics=dict(metrics),
+        recipe_digest=recipe_digest,
+    )
+    folder.delete(_place(step, MANIFEST))
+    for name in manifest.files:
+        folder.put(source / name, _place(step, name))
+    folder.write(_place(step, MANIFEST), manifest.model_dump_json(indent=1).encode())
+    return manifest
+
+
+def list_checkpoints(folder: RunFolder) -> tuple[Manifest, ...]:
+    """The checkpoints that have a manifest and files of its sizes, newest first.
+
+    A folder without a manifest is half-written and passes unmentioned; whatever else is wrong is
+    logged as a warning.
+    """
+    found: list[Manifest] = []
+    for step in sorted(_steps(folder), reverse=True):
+        try:
+            manifest = read_manifest(folder, step)
+            found += [_with_right_sizes(folder, manifest)] if manifest else []
+        except CheckpointError as error:
+            logger.warning("passing over a checkpoint: %s", error)
+    return tuple(found)
+
+
+def newest_checkpoint(folder: RunFolder) -> Manifest | None:
+    """The newest checkpoint that looks whole by its sizes; its files are not read."""
+    return next(iter(list_checkpoints(folder)), None)
+
+
+def read_manifest(folder: RunFolder, step: int) -> Manifest | None:
+    """What a checkpoint's manifest says; None where there is no manifest.
+
+    Raises:
+        CheckpointError: the manifest is cut, not one of ours, or of a newer format.
+    """
+    place = _place(step, MANIFEST)
+    try:
+        return parse_manifest(folder.read(place))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CheckpointError(f"{folder.url}/{place} is not a manifest of ours: {error}") from error
+
+
+def load_newest(folder: RunFolder) -> Snapshot | None:
+    """The newest checkpoint whose hashes are right; None where the run has none at all.
+
+    Each one that is passed over is logged as a warning that names what was wrong.
+
+    Raises:
+        CheckpointError: there are checkpoints with a manifest, and not one of them is whole.
+    """
+    for manifest in list_checkpoints(folder):
+        try:
+            return load_checkpoint(folder, manifest)
+        except CheckpointError as error:
+            logger.warning("passing over a checkpoint: %s", error)
+    broken = [step for step in _steps(folder) if folder.size(_place(step, MANIFEST)) is not None]
+    if broken:
+        raise CheckpointError(
+            f"{folder.url}/{FOLDER}: none of the {len(broken)} checkpoints is whole, see the "
+            f"warnings above; delete {FOLDER} to start afresh"
+        )
+    return None
+
+
+def load_checkpoint(folder: RunFolder, manifest: Manifest) -> Snapshot:
+    """One checkpoint, each file held to its sha256.
+
+    Raises:
+        CheckpointError: a file is missing, was changed, or is not one of ours.
+    """
+    with folder.spool() as spool:
+        model = _verified(folder, manifest, MODEL, spool)
+        state = _verified(folder, manifest, STATE, spool)
+        return read_files(model, state, f"{folder.url}/{FOLDER}/{manifest.name}")
+
+
+def resume(folder: RunFolder, state: TrainingState, world: World) -> Position:
+    """Continues from the newest whole checkpoint, the same one on every worker.
+
+    Returns the very start where the run has no checkpoint. Called on every worker.
+
+    Raises:
+        CheckpointError: as `load_newest` and `restore`.
+    """
+    snapshot = load_newest(folder) if world.is_first else None
+    step = broadcast_object(snapshot.position.step if snapshot else None, world)
+    if step is None:
+        return Position()
+    if snapshot is None:
+        snapshot = _load_step(folder, step)
+    if snapshot.world_size != world.size:
+        logger.info("the run had %d workers and has %d now", snapshot.world_size, world.size)
+    return restore(state, snapshot, f"{folder.url}/{FOLDER}/{checkpoint_name(step)}")
+
+
+def delete_expired(folder: RunFolder, settings: RetentionSettings) -> None:
+    """Deletes what no rule keeps, manifests first, and older half-written remains.
+
+    The newest whole checkpoint always stays. Only for the one process that writes to the run.
+    """
+    whole = list_checkpoints(folder)
+    if not whole:
+        return
+    gone = {manifest.step for manifest in expired(whole, settings)}
+    kept = {manifest.step for manifest in whole} - gone
+    for step in _steps(folder):
+        if step < whole[0].step and step not in kept:
+            _delete(folder, step)
+
+
+def _load_step(folder: RunFolder, step: int) -> Snapshot:
+    manifest = read_manifest(folder, step)
+    if manifest is None:
+        raise CheckpointError(f"{folder.url}/{_place(step, MANIFEST)} vanished; start again")
+    return load_checkpoint(folder, manifest)
+
+
+def _place(step: int, name: str) -> str:
+    return f"{FOLDER}/{checkpoint_name(step)}/{name}"
+
+
+def _steps(folder: RunFolder) -> list[int]:
+    numbers = [name.removeprefix("step_") for name in folder.names(FOLDER)]
+    return [int(number) for number in numbers if number.isdecimal()]
+
+
+def _measured(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(size=path.stat().st_size, sha256=digest)
+
+
+def _with_right_sizes(folder: RunFolder, manifest: Manifest) -> Manifest:
+    for name, record in manifest.files.items():
+        stored = folder.size(_place(manifest.step, name))
+        if stored != record.size:
+            has = "is missing" if stored is None else f"has {stored} of {record.size} bytes"
+            raise CheckpointError(f"{folder.url}/{_place(manifest.step, name)} {has}")
+    return manifest
+
+
+def _verified(folder: RunFolder, manifest: Manifest, name: str, spool: Path) -> Path:
+    place = _place(manifest.step, name)
+    try:
+        path = folder.fetch(place, spool)
+        measured = _measured(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder.url}/{place} is missing") from error
+    if measured != manifest.files.get(name):
+        raise CheckpointError(f"{folder.url}/{place} is not what its manifest says: sha256 differs")
+    return path
+
+
+def _delete(folder: RunFolder, step: int) -> None:
+    folder.delete(_place(step, MANIFEST))
+    place = f"{FOLDER}/{checkpoint_name(step)}"
+    for name in folder.names(place):
+        folder.delete(f"{place}/{name}")
+    folder.delete_folder(place)

@@ -1,0 +1,264 @@
+"""A run's folder on any fsspec URL: whole files or none, with bounded patience for stores that
+stumble.
+
+Files are prepared locally and then put in one piece. fsspec's `open(path, "wb")` is never used: an
+error inside its `with` block publishes the part that was written (measured on S3). On a local disk
+a file is synced and renamed into place, so a SIGKILL at any instant leaves the old file, the new
+one, or none. Sizes are checked after every put.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class StoreError(OSError):
+    """A store that did not do what was asked, after all attempts."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often a stumbling store is asked again, and how long between: backoff_s, then twice that,
+    ...
+    """
+
+    attempts: int = 6
+    backoff_s: float = 0.5
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run; names are relative to it, with slashes."""
+
+    url: str
+    """Absolute, without a slash at the end."""
+    root: str
+    """The same as the file system spells it."""
+    filesystem: AbstractFileSystem
+    patience: Patience
+
+    @property
+    def is_local(self) -> bool:
+        """True where files are on a disk of this machine."""
+        return isinstance(self.filesystem, LocalFileSystem)
+
+    def path(self, name: str) -> str:
+        """`name` as the file system spells it."""
+        return f"{self.root}/{name}"
+
+    def put(self, source: Path, name: str) -> None:
+        """Publishes a local file as `name`, whole or not at all; a local folder may take the file
+        itself.
+
+        Raises:
+            StoreError: the store refused it, or every attempt failed; nothing whole is at `name`
+            then.
+        """
+        try:
+            self._retry(lambda: self._put_once(source, name), "write", name)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"could not write {self.url}/{name}: {_one_line(error)}; does the bucket exist?"
+            ) from error
+
+    def write(self, name: str, data: bytes) -> None:
+        """Publishes `data` as `name`, whole or not at all.
+
+        Raises:
+            StoreError: as `put`.
+        """
+        with self.spool() as spool:
+            source = spool / "data"
+            source.write_bytes(data)
+            self.put(source, name)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of `name`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            StoreError: every attempt failed.
+        """
+        return bytes(self._retry(lambda: self.filesystem.cat_file(self.path(name)), "read", name))
+
+    def fetch(self, name: str, spool: Path) -> Path:
+        """A local file with the bytes of `name`: the file itself on a local disk, else a copy in
+        `spool`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            StoreError: every attempt failed.
+        """
+        if self.is_local:
+            return Path(self.path(name))
+        target = spool / Path(name).name
+        self._retry(lambda: self.filesystem.get_file(self.path(name), str(target)), "read", name)
+        return target
+
+    def size(self, name: str) -> int | None:
+        """Bytes of `name`; None where there is no such file."""
+        try:
+            return int(self._retry(lambda: self._info(name)["size"], "look at", name))
+        except FileNotFoundError:
+            return None
+
+    def names(self, folder: str) -> list[str]:
+        """Names of what lies directly in `folder`, sorted; empty where there is no such folder."""
+        try:
+            found = self._retry(lambda: self._list(folder), "list", folder)
+        except FileNotFoundError:
+            return []
+        return sorted(Path(str(path)).name for path in found)
+
+    def delete(self, name: str) -> None:
+        """Removes one file; it may be gone already."""
+        with suppress(FileNotFoundError):
+            self._retry(lambda: self.filesystem.rm_file(self.path(name)), "delete", name)
+
+    def delete_folder(self, name: str) -> None:
+        """Removes an empty folder; object stores have none."""
+        if self.is_local:
+            with suppress(FileNotFoundError):
+                Path(self.path(name)).rmdir()
+
+    @contextmanager
+    def spool(self) -> Iterator[Path]:
+        """A fresh local folder to prepare files in, on the disk of a local run; removed afterwards.
+        """
+        parent = Path(self.root) / SPOOL if self.is_local else None
+        if parent:
+            parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix="querypatch-") as spool:
+            yield Path(spool)
+
+    def clear_spool(self) -> None:
+        """Removes what killed processes left half-prepared; only where nobody else writes to this
+        run.
+        """
+        if self.is_local:
+            shutil.rmtree(Path(self.root) / SPOOL, ignore_errors=True)
+
+    def _put_once(self, source: Path, name: str) -> None:
+        if self.is_local:
+            _move_into_place(source, Path(self.path(name)))
+            return
+        size = source.stat().st_size
+        self.filesystem.put_file(str(source), self.path(name))
+        stored = self._info(name)["size"]
+        if stored != size:
+            raise StoreError(f"the store holds {stored} of {size} bytes")
+
+    def _info(self, name: str) -> Mapping[str, int]:
+        self.filesystem.invalidate_cache()
+        info: Mapping[str, int] = self.filesystem.info(self.path(name))
+        return info
+
+    def _list(self, folder: str) -> list[str]:
+        self.filesystem.invalidate_cache()
+        found: list[str] = self.filesystem.ls(self.path(folder), detail=False)
+        return found
+
+    def _retry(self, action: Callable[[], T], verb: str, name: str) -> T:
+        problem: BaseException | None = None
+        for attempt in range(self.patience.attempts):
+            if attempt:
+                time.sleep(min(30.0, self.patience.backoff_s * 2 ** (attempt - 1)))
+            try:
+                return action()
+            except FileNotFoundError:
+                raise
+            except PermissionError as error:
+                raise StoreError(
+                    f"may not {verb} {self.url}/{name}: {_one_line(error)}; check the credentials"
+                ) from error
+            except _stumbles() as error:
+                problem = error
+                logger.warning("%s %s/%s: %s", verb, self.url, name, _one_line(error))
+        raise StoreError(
+            f"could not {verb} {self.url}/{name} in {self.patience.attempts} attempts: "
+            f"{_one_line(problem)}"
+        ) from problem
+
+
+SPOOL = ".writing"
+"""Folder of half-prepared files inside a local run."""
+
+
+def open_run_folder(
+    url: str,
+    storage_options: Mapping[str, object] | None = None,
+    patience: Patience | None = None,
+) -> RunFolder:
+    """The run folder at `url`; a path without a protocol is local and is made absolute.
+
+    Nothing is read or written yet. `storage_options` go to fsspec's file system of the URL's
+    protocol.
+
+    Raises:
+        ValueError: an empty URL, an unknown protocol, or one whose package is not installed.
+    """
+    if not url:
+        raise ValueError(
+            "run= is empty; give a folder or a URL, e.g. run=runs/a or run=s3://bucket/runs/a"
+        )
+    absolute = url.rstrip("/") if "://" in url else str(Path(url).expanduser().absolute())
+    try:
+        filesystem, root = fsspec.core.url_to_fs(absolute, **(storage_options or {}))
+    except ImportError as error:
+        raise ValueError(f"run={url} needs a package that is not installed: {error}") from None
+    return RunFolder(absolute, str(root).rstrip("/"), filesystem, patience or Patience())
+
+
+def _move_into_place(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.stat().st_dev != target.parent.stat().st_dev:
+        source = Path(shutil.copyfile(source, target.with_name(f".{target.name}.{os.getpid()}")))
+    _sync(source)
+    source.replace(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _one_line(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _stumbles() -> tuple[type[Exception], ...]:
+    """What the common file systems raise when a store cannot be reached or answers 5xx.
+
+    Most of it is OSError; s3fs and gcsfs let some errors of their libraries through. A library
+    that was never imported has raised nothing.
+    """
+    theirs = [vars(sys.modules[module])[name] for module, name in _FOREIGN if module in sys.modules]
+    return (OSError, *theirs)
+
+
+_FOREIGN = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("aiohttp.client_exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+)
