@@ -26,7 +26,7 @@ class PatchSettings(Settings):
     patch_size: Annotated[int, Field(ge=8)] = 128
     """Side in pixels to which every patch is squashed."""
     min_side: Annotated[int, Field(ge=1)] = 8
-    """Smallest side of a patch in pixels of the picture as decoded; the largest is the side less this."""
+    """Smallest side of a patch in pixels as decoded; the largest is the picture's less this."""
     short_sides: Annotated[tuple[int, ...], Field(min_length=1)] = (
         320, 336, 352, 368, 400, 416, 432, 448, 464, 480,
     )  # fmt: skip
