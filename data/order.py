@@ -57,6 +57,11 @@ class OrderSettings(Settings):
     `drop` leaves them out, other ones in each epoch. `wrap` fills the batch with the epoch's first
     samples (those of the first runs), which are then seen twice in it.
     """
+    scale_per: Literal["batch", "picture"] = "batch"
+    """Whether pictures' short side is drawn once per global batch or for each picture.
+
+    Per batch little is padding; a single picture's scale has the same distribution either way.
+    """
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,6 @@ class _Purpose(IntEnum):
     RUNS = 0
     PLACES = 1
     BATCHES = 2
-    CHOICE = 3
 
 
 def plan_epoch(
@@ -180,11 +184,6 @@ def rank_streams(global_batch: int, rank: int, world: int) -> range:
     return range(rank, global_batch, world)
 
 
-def keyed_choice(seed: int, epoch: int, number: int, count: int) -> int:
-    """A number in 0..count-1, uniform to 1 in 2^50, the same wherever it is asked for."""
-    return int(_raw_words(seed, epoch, _Purpose.CHOICE, number, 0, 1)[0] % np.uint64(count))
-
-
 def _runs(
     index: ShardIndex, length: int
 ) -> tuple[Int64[np.ndarray, " runs"], Int64[np.ndarray, " runs"]]:
@@ -206,7 +205,8 @@ def _aspect_codes(index: ShardIndex) -> Int64[np.ndarray, " samples"]:
     heights = np.concatenate([shard.heights for shard in index.shards])
     known = (widths > 0) & (heights > 0)
     aspects = np.where(known, widths, 1) / np.where(known, heights, 1)
-    return np.rint(np.log2(aspects) * _ASPECT_STEPS).astype(np.int64) + _ASPECT_OFFSET
+    steps: np.ndarray = np.rint(np.log2(aspects) * _ASPECT_STEPS).astype(np.int64)
+    return steps + _ASPECT_OFFSET
 
 
 def _ids_at(
@@ -215,7 +215,8 @@ def _ids_at(
     """The samples at positions of the epoch; past its end (`last_batch: wrap`) it begins again."""
     positions = positions % plan.run_bounds[-1]
     run = np.searchsorted(plan.run_bounds, positions, side="right") - 1
-    return plan.run_first_ids[run] + positions - plan.run_bounds[run]
+    ids: np.ndarray = plan.run_first_ids[run] + positions - plan.run_bounds[run]
+    return ids
 
 
 def _shuffled(

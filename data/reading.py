@@ -1,0 +1,283 @@
+"""Ranged reads of shards through fsspec: retried, counted, checked for length, optionally cached.
+
+Neighbouring samples are one byte range and one request. What passes (a cut connection, a timeout, a
+5xx) is tried again with exponential backoff and jitter; what stays (no such file, no permission, a
+shard that is not the one of the index) fails at once. A range that comes back short counts as a cut
+connection: fsspec does not treat it as an error everywhere, and webdataset would take it for the
+end of the shard.
+
+The filesystem is made by the process that reads, not before: s3fs and gcsfs run their requests on a
+thread of their own, which no other process has.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from threading import Lock
+
+from pydantic import Field
+
+from data.byte_cache import ByteCache
+from data.index import Shard
+from data.ranges import SampleRange
+from data.samples import Sample, parse_samples
+from data.storage import StorageOptions, open_folder
+from models.settings import Settings
+
+_LOG = logging.getLogger(__name__)
+
+CHUNK_BYTES = 4 << 20
+"""Piece of a shard that is cached as one file."""
+
+_PERMANENT_ERRNO = frozenset(
+    {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
+)
+
+
+class ShardReadError(ValueError):
+    """A shard that cannot be read; the message names its URL, the reason and the way out."""
+
+
+class _ShortReadError(OSError):
+    """Fewer bytes came than were asked for."""
+
+
+class CacheSettings(Settings):
+    """A local cache of what was read from the storage."""
+
+    folder: str = Field(min_length=1)
+    """Local folder of the cache; all processes of a machine may share it."""
+    limit_gb: float = Field(default=50.0, gt=0)
+    """Size limit in GB (10^9 bytes); the least recently used pieces are removed."""
+
+
+class ReadingSettings(Settings):
+    """How shards are read."""
+
+    threads: int = Field(default=4, ge=1)
+    """Ranged reads that each loader process has under way at once."""
+    max_range_mb: int = Field(default=16, ge=1)
+    """Longest ranged read in MB (10^6 bytes); a longer single sample is still read."""
+    attempts: int = Field(default=11, ge=1)
+    """Times that a read is tried before it fails; 11 with the delays below last about 65 s."""
+    first_delay_s: float = Field(default=0.2, ge=0)
+    """Seconds before the second attempt; doubled each time, shortened at random by up to a half."""
+    longest_delay_s: float = Field(default=20.0, ge=0)
+    """Most seconds between two attempts."""
+    cache: CacheSettings | None = None
+    """Local cache; none by default."""
+
+
+@dataclass(frozen=True)
+class ReadCounters:
+    """What reading took."""
+
+    bytes_read: int = 0
+    """Bytes that came from the storage."""
+    reads: int = 0
+    """Ranged reads that succeeded."""
+    retries: int = 0
+    """Reads that were tried again."""
+    cache_hits: int = 0
+    """Pieces of shards found in the cache."""
+    cache_faults: int = 0
+    """Pieces that could not be read from or written to the cache; the storage stood in."""
+
+    def __add__(self, other: "ReadCounters") -> "ReadCounters":
+        sums = {f.name: self.__dict__[f.name] + other.__dict__[f.name] for f in fields(self)}
+        return ReadCounters(**sums)
+
+
+class RangeReader:
+    """Reads ranges of an index's shards; threads may share it. Make it where it is used."""
+
+    def __init__(
+        self,
+        url: str,
+        storage_options: StorageOptions,
+        settings: ReadingSettings,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Opens the folder `url`; StorageError where its protocol is unknown."""
+        self._folder = open_folder(url, storage_options)
+        self._settings = settings
+        self._transient = _transient_errors(url)
+        self._cache = _cache_of(settings)
+        self._sleep = sleep
+        # Only spreads the attempts of many processes over time; no data depends on it.
+        self._jitter = random.Random(f"{os.getpid()} {url}")
+        self._counters = ReadCounters()
+        self._lock = Lock()
+
+    def samples(self, wanted: SampleRange) -> tuple[Sample, ...]:
+        """The samples of a range, in order; ShardReadError or DamagedShardError."""
+        shard, last = wanted.shard, wanted.first + wanted.count
+        data = self.read(shard, int(shard.offsets[wanted.first]), int(shard.offsets[last]))
+        return parse_samples(data, shard.name, wanted.first_id, wanted.count)
+
+    def read(self, shard: Shard, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` (not included) of a shard, all of them, or ShardReadError."""
+        if self._cache is None:
+            return self._read_storage(shard, start, end)
+        pieces = range(start // CHUNK_BYTES, -(-end // CHUNK_BYTES))
+        data = b"".join(self._pieces(self._cache, shard, pieces))
+        skip = pieces.start * CHUNK_BYTES
+        return data[start - skip : end - skip]
+
+    def take_counters(self) -> ReadCounters:
+        """What was counted since the last call."""
+        with self._lock:
+            counters, self._counters = self._counters, ReadCounters()
+        return counters
+
+    def _pieces(self, cache: ByteCache, shard: Shard, pieces: range) -> Iterator[bytes]:
+        """Pieces of a shard, from the cache where they are there; the rest in one read per gap."""
+        found = [self._cached(cache, _cache_key(self._folder.url, shard, n)) for n in pieces]
+        for first, length in _gaps([piece is None for piece in found]):
+            begin = pieces[first] * CHUNK_BYTES
+            data = self._read_storage(shard, begin, min(begin + length * CHUNK_BYTES, shard.size))
+            for number in range(length):
+                piece = data[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
+                found[first + number] = piece
+                self._store(
+                    cache, _cache_key(self._folder.url, shard, pieces[first + number]), piece
+                )
+        return (piece for piece in found if piece is not None)
+
+    def _cached(self, cache: ByteCache, key: str) -> bytes | None:
+        try:
+            piece = cache.get(key)
+        except OSError as error:
+            self._cache_fault(error)
+            return None
+        self._count(ReadCounters(cache_hits=int(piece is not None)))
+        return piece
+
+    def _store(self, cache: ByteCache, key: str, piece: bytes) -> None:
+        try:
+            cache.put(key, piece)
+        except OSError as error:
+            self._cache_fault(error)
+
+    def _cache_fault(self, error: OSError) -> None:
+        if not self._counters.cache_faults:
+            _LOG.warning("the cache is of no use here, reading goes on without it: %s", error)
+        self._count(ReadCounters(cache_faults=1))
+
+    def _read_storage(self, shard: Shard, start: int, end: int) -> bytes:
+        """One ranged read, tried again where the error may pass."""
+        settings, delay_s = self._settings, self._settings.first_delay_s
+        for attempt in range(1, settings.attempts + 1):
+            try:
+                data = self._read_once(shard, start, end)
+            except self._transient as error:
+                self._refuse_permanent(error, shard)
+                if attempt == settings.attempts:
+                    raise self._error(
+                        shard, f"failed {attempt} times, last with {_one_line(error)}",
+                        "check the storage and the network, then resume",
+                    ) from error  # fmt: skip
+                self._count(ReadCounters(retries=1))
+                self._sleep(delay_s * self._jitter.uniform(0.5, 1.0))
+                delay_s = min(2 * delay_s, settings.longest_delay_s)
+            else:
+                self._count(ReadCounters(bytes_read=len(data), reads=1))
+                return data
+        raise AssertionError("attempts is at least 1")
+
+    def _read_once(self, shard: Shard, start: int, end: int) -> bytes:
+        # By keyword: the third argument of s3fs is a version, not the start.
+        data: bytes = self._folder.filesystem.cat_file(
+            self._folder.at(shard.name), start=start, end=end
+        )
+        if len(data) != end - start:
+            raise _ShortReadError(f"{len(data)} of {end - start} bytes came from byte {start} on")
+        return data
+
+    def _refuse_permanent(self, error: Exception, shard: Shard) -> None:
+        """Raises ShardReadError where trying again cannot help."""
+        match error:
+            case FileNotFoundError():
+                raise self._error(shard, "no such shard", self._check()) from error
+            case PermissionError():
+                raise self._error(
+                    shard, f"no permission ({_one_line(error)})", "check the credentials"
+                ) from error
+            case _ShortReadError():
+                self._refuse_other_size(shard)
+            case OSError() if error.errno in _PERMANENT_ERRNO:
+                self._refuse_other_size(shard)
+                raise self._error(shard, _one_line(error), self._check()) from error
+
+    def _refuse_other_size(self, shard: Shard) -> None:
+        try:
+            size = self._folder.filesystem.size(self._folder.at(shard.name))
+        except self._transient:
+            # The storage is in trouble, so its size tells nothing: try again.
+            return
+        if size != shard.size:
+            raise self._error(
+                shard, f"{size} bytes are there, the index says {shard.size}", self._check()
+            )
+
+    def _check(self) -> str:
+        return f"run `querypatch shards check {self._folder.url}`"
+
+    def _error(self, shard: Shard, reason: str, way_out: str) -> ShardReadError:
+        return ShardReadError(f"{self._folder.url}/{shard.name}: {reason}; {way_out}")
+
+    def _count(self, counters: ReadCounters) -> None:
+        with self._lock:
+            self._counters += counters
+
+
+def _transient_errors(url: str) -> tuple[type[Exception], ...]:
+    """What may pass by itself; a filesystem's own errors exist only where its package does."""
+    match url.partition("://")[0]:
+        case "s3" | "s3a":
+            from aiohttp import ClientError
+            from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+            return (OSError, ClientError, HTTPClientError, IncompleteReadError)
+        case "gs" | "gcs":
+            from aiohttp import ClientError
+            from gcsfs.retry import ChecksumError, HttpError
+
+            return (OSError, ClientError, ChecksumError, HttpError)
+        case "http" | "https":
+            from aiohttp import ClientError
+
+            return (OSError, ClientError)
+        case _:
+            return (OSError,)
+
+
+def _cache_of(settings: ReadingSettings) -> ByteCache | None:
+    if settings.cache is None:
+        return None
+    return ByteCache(Path(settings.cache.folder), int(settings.cache.limit_gb * 10**9))
+
+
+def _cache_key(url: str, shard: Shard, piece: int) -> str:
+    text = f"{url}/{shard.name} {shard.sha256} {piece * CHUNK_BYTES} {CHUNK_BYTES}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _gaps(missing: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """(first, length) of each row of True values."""
+    first = 0
+    for place, gap in enumerate([*missing, False]):
+        if not gap:
+            if place > first:
+                yield first, place - first
+            first = place + 1
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,192 @@
+"""The stream: shards to packed batches of pictures and query patches, exact and endless.
+
+Global batch k holds the same pictures with the same patches, bit for bit, for any number of ranks
+and loader processes, before and after a restart: the order is `data.order`'s, every random number
+comes from a generator keyed by (seed, epoch, sample or batch), and a broken picture is skipped
+without anything moving up. The state of the stream is therefore one number, the step.
+
+Loader processes are started by a fork server, a process without threads and without a device: a
+plain fork of a training process copies locks that threads of Ray, of the storage client or of the
+device hold at that moment, and nobody releases them in the copy. They live across epochs and send
+one packed buffer per step; the rank joins them.
+"""
+
+import logging
+import multiprocessing
+import warnings
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import cv2
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from data.batches import PackedPatchBatch, SkippedPicture, join
+from data.loader import LoaderFailure, LoaderPart, LoaderParts, StreamSettings, StreamSource
+from data.order import batches_per_epoch, rank_streams
+from data.reading import ReadCounters
+from data.storage import open_folder
+
+_LOG = logging.getLogger(__name__)
+
+_BROKEN_WINDOW = 1000
+"""Last pictures of a rank among which the broken ones are counted."""
+
+
+class StreamError(ValueError):
+    """The stream cannot go on; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class StreamCounters:
+    """What the stream of one rank has done so far."""
+
+    pictures: int = 0
+    """Pictures handed out."""
+    skipped: int = 0
+    """Pictures that could not be used."""
+    reading: ReadCounters = field(default_factory=ReadCounters)
+
+
+class PatchStream:
+    """The batches of one rank. Every other rank makes its own with the same source."""
+
+    def __init__(
+        self,
+        source: StreamSource,
+        settings: StreamSettings,
+        rank: int = 0,
+        world: int = 1,
+        pin: bool = False,
+    ) -> None:
+        """`pin` puts batches into pinned memory, from which a GPU copies on its own.
+
+        Raises ValueError where the index holds less than a batch, or ranks would be idle.
+        """
+        self.batches_per_epoch = batches_per_epoch(source.index, source.global_batch, source.order)
+        """Steps of an epoch."""
+        self.counters = StreamCounters()
+        """What was done since the stream was made."""
+        self._source = _with_absolute_url(source, settings)
+        self._settings = settings
+        self._streams = rank_streams(source.global_batch, rank, world)
+        self._pin = pin
+        self._broken: deque[SkippedPicture | None] = deque(maxlen=_BROKEN_WINDOW)
+        self._named: set[int] = set()
+
+    def from_step(self, step: int) -> Iterator[PackedPatchBatch]:
+        """This rank's part of every global batch from number `step` on, without end.
+
+        Step `epoch * batches_per_epoch + k` is batch k of that epoch; an epoch's end is a step like
+        any other. Close the iterator (`contextlib.closing`) to stop the loader processes. Raises
+        StreamError where a shard cannot be read, too many pictures are broken, or a loader process
+        died.
+        """
+        if step < 0:
+            raise ValueError(f"step={step} is before the beginning; use 0 or more")
+        processes = min(self._settings.processes, len(self._streams))
+        parts = LoaderParts(self._source, self._settings, self._streams, step)
+        iterator = _started(parts, processes, self._settings.parts_ahead)
+        try:
+            while True:
+                received = [_received(iterator) for _ in range(max(1, processes))]
+                yield self._joined(received)
+        finally:
+            _stop(iterator)
+
+    def _joined(self, received: Sequence["LoaderPart"]) -> PackedPatchBatch:
+        batch = join([part.packed for part in received], self._pin)
+        reading = sum((part.reading for part in received), self.counters.reading)
+        self.counters = StreamCounters(
+            pictures=self.counters.pictures + (0 if batch.blank else batch.shape.count),
+            skipped=self.counters.skipped + len(batch.skipped),
+            reading=reading,
+        )
+        self._judge_broken(batch)
+        return batch
+
+    def _judge_broken(self, batch: PackedPatchBatch) -> None:
+        """Names each broken picture once; raises StreamError where they are too many."""
+        for picture in batch.skipped:
+            if picture.id not in self._named:
+                self._named.add(picture.id)
+                _LOG.warning("skipped %s", picture)
+        self._broken.extend([None] * (0 if batch.blank else batch.shape.count))
+        self._broken.extend(batch.skipped)
+        broken = [picture for picture in self._broken if picture is not None]
+        if len(broken) > self._settings.max_broken_share * _BROKEN_WINDOW:
+            first = "; ".join(str(picture) for picture in broken[:3])
+            raise StreamError(
+                f"{len(broken)} of the last {len(self._broken)} pictures are broken, more than "
+                f"max_broken_share={self._settings.max_broken_share:g} of {_BROKEN_WINDOW}: "
+                f"{first}; run `querypatch shards check {self._source.index.url}`"
+            )
+
+
+def _started(
+    parts: LoaderParts, processes: int, parts_ahead: int
+) -> Iterator[LoaderPart | LoaderFailure]:
+    if processes == 0:
+        return iter(parts)
+    context = multiprocessing.get_context("forkserver")
+    # What every loader process needs is imported once, in the server, and shared by all of them.
+    context.set_forkserver_preload(["torch", "webdataset.tariterators", "data.loader"])
+    with warnings.catch_warnings():
+        # It counts the cores of one rank; how many processes there are is the recipe's to say.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        loader: DataLoader[LoaderPart | LoaderFailure] = DataLoader(
+            parts,
+            batch_size=None,
+            num_workers=processes,
+            prefetch_factor=parts_ahead,
+            multiprocessing_context=context,
+            worker_init_fn=_use_one_thread,
+        )
+        return iter(loader)
+
+
+def _use_one_thread(_worker: int) -> None:
+    """Loader processes are the parallelism; libraries' own threads would only fight over cores."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+def _received(iterator: Iterator[LoaderPart | LoaderFailure]) -> LoaderPart:
+    """The next part; the loader's own error as one line where its process died."""
+    try:
+        part = next(iterator)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise StreamError(
+            f"a loader process died ({' '.join(str(error).split())}): out of memory, or of shared "
+            "memory (/dev/shm); use a smaller order.block, fewer processes or parts_ahead, or more "
+            "memory, then resume"
+        ) from error
+    if isinstance(part, LoaderFailure):
+        raise StreamError(part.message)
+    return part
+
+
+def _stop(iterator: Iterator[LoaderPart | LoaderFailure]) -> None:
+    """Ends the loader processes now, not when the last reference to them goes."""
+    match iterator:
+        case _MultiProcessingDataLoaderIter():
+            iterator._shutdown_workers()
+        case Generator():
+            iterator.close()
+
+
+def _with_absolute_url(source: StreamSource, settings: StreamSettings) -> StreamSource:
+    """A local folder by its whole path: loader processes may have another working directory."""
+    folder = open_folder(source.index.url, source.storage_options)
+    if folder.is_local:
+        return replace(source, index=replace(source.index, url=folder.path))
+    if source.index.url.startswith("memory://") and settings.processes:
+        raise ValueError(
+            f"{source.index.url} exists in this process only, so loader processes cannot read it; "
+            "use processes=0"
+        )
+    return source
