@@ -1,7 +1,7 @@
 """The nouns that cross borders between floors; each axis word means the same thing in every file.
 
-Boxes are `boxes_cxcywh` (normalised to the unpadded picture, never to the padded batch) or `boxes_xyxy` (pixels).
-Padding masks are True on padding, as in DETR.
+Boxes are `boxes_cxcywh` (normalised to the unpadded picture, never to the padded batch) or
+`boxes_xyxy` (pixels). Padding masks are True on padding, as in DETR.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,9 @@ class Targets:
 
 @dataclass(frozen=True)
 class PatchBatch:
-    """Pictures and the query patches that were cut from them (UP-DETR, section 3.2), on the training device."""
+    """Pictures and the query patches that were cut from them (UP-DETR, section 3.2), on the
+    training device.
+    """
 
     images: Images
     patches: Float[Tensor, "batch patches 3 side side"]
@@ -44,9 +46,13 @@ class PatchBatch:
     sample_ids: Int64[Tensor, " batch"]
     """Position of each picture in the shard index."""
     skipped: tuple[str, ...] = ()
-    """Keys of the pictures of this batch that could not be decoded; they are counted, never replaced."""
+    """Keys of the pictures of this batch that could not be decoded; they are counted, never
+    replaced.
+    """
     blank: bool = False
-    """True where every picture of this rank's part was broken: one empty picture stands in, with weight 0."""
+    """True where every picture of this rank's part was broken: one empty picture stands in, with
+    weight 0.
+    """
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class QueryGroup:
-    """Object queries that share the decoder's weights with other groups and never see them in self-attention."""
+    """Object queries that share the decoder's weights with other groups and never see them in
+    self-attention.
+    """
 
     name: str
     content: Float[Tensor, "batch queries dim"]
@@ -111,8 +119,12 @@ class Losses:
     terms: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
 
 
-def padding_of(sizes: Int64[Tensor, "batch 2"], height: int, width: int) -> Bool[Tensor, "batch height width"]:
-    """The padding mask of pictures of the given (height, width) in a batch of height x width pixels."""
+def padding_of(
+    sizes: Int64[Tensor, "batch 2"], height: int, width: int
+) -> Bool[Tensor, "batch height width"]:
+    """The padding mask of pictures of the given (height, width) in a batch of height x width
+    pixels.
+    """
     rows = torch.arange(height, device=sizes.device)[None, :, None] >= sizes[:, 0, None, None]
     columns = torch.arange(width, device=sizes.device)[None, None, :] >= sizes[:, 1, None, None]
     return rows | columns

@@ -1,0 +1,100 @@
+"""Multi-head attention (Vaswani et al., NeurIPS 2017, section 3.2), fused, with the weights on
+request only.
+
+Tensor names and shapes are those of `torch.nn.MultiheadAttention`, so that published weights fit.
+That module computes and averages the attention weights at every call unless told otherwise; here
+they exist only where `attention_weights` is called for.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Queries look at keys and take a mixture of values; all three have `dim` channels, split
+    evenly over the heads.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+
+    def project_queries(
+        self, tokens: Float[Tensor, "batch queries dim"]
+    ) -> Float[Tensor, "batch heads queries head_dim"]:
+        """What is looked for."""
+        return self._split(self._project(tokens, 0, 1))
+
+    def project_keys(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """What is looked at."""
+        return self._split(self._project(tokens, 1, 2))
+
+    def project_values(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> Float[Tensor, "batch heads tokens head_dim"]:
+        """What is taken."""
+        return self._split(self._project(tokens, 2, 3))
+
+    def project_queries_and_keys(
+        self, tokens: Float[Tensor, "batch tokens dim"]
+    ) -> tuple[
+        Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]
+    ]:
+        """Queries and keys of self-attention, in one product."""
+        queries, keys = self._project(tokens, 0, 2).chunk(2, dim=-1)
+        return self._split(queries), self._split(keys)
+
+    def forward(
+        self,
+        queries: Float[Tensor, "batch heads queries head_dim"],
+        keys: Float[Tensor, "batch heads tokens head_dim"],
+        values: Float[Tensor, "batch heads tokens head_dim"],
+        hidden: Bool[Tensor, "#batch #heads #queries tokens"] | None,
+    ) -> Float[Tensor, "batch queries dim"]:
+        """The mixtures of values, projected; `hidden` is True where a query must not look at a
+        token.
+        """
+        mixed = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=None if hidden is None else ~hidden,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        projected: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return projected
+
+    def _project(self, tokens: Tensor, first: int, end: int) -> Tensor:
+        """The rows of the joint projection from part `first` up to part `end` (0 queries, 1 keys, 2
+        values).
+        """
+        dim = self.in_proj_weight.shape[1]
+        rows = slice(first * dim, end * dim)
+        return F.linear(tokens, self.in_proj_weight[rows], self.in_proj_bias[rows])
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        batch, length, dim = tokens.shape
+        heads = tokens.view(batch, length, self.num_heads, dim // self.num_heads)
+        return heads.transpose(1, 2)
+
+
+def attention_weights(
+    queries: Float[Tensor, "batch heads queries head_dim"],
+    keys: Float[Tensor, "batch heads tokens head_dim"],
+    hidden: Bool[Tensor, "#batch #heads #queries tokens"] | None,
+) -> Float[Tensor, "batch heads queries tokens"]:
+    """How much each query looks at each token, before dropout, float32; rows sum to 1."""
+    scores = queries.float() @ keys.float().transpose(-1, -2) / math.sqrt(queries.shape[-1])
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -math.inf)
+    return scores.softmax(-1)

@@ -1,0 +1,67 @@
+"""Where a token stands in its picture, as a vector (DETR, appendix A.4; Vaswani et al., NeurIPS
+2017, section 3.5).
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+PositionCode = Literal["sine", "learned"]
+
+LEARNED_CELLS = 50
+"""Rows and columns that learned codes exist for, as in DETR: pictures of up to 1600 pixels at
+stride 32.
+"""
+
+_TEMPERATURE = 10000
+_EPSILON = 1e-6
+
+
+def sine_positions(
+    padding: Bool[Tensor, "batch rows columns"], dim: int
+) -> Float[Tensor, "batch rows columns {dim}"]:
+    """Sines and cosines of the row (first half of dim) and the column, each scaled so that the
+    unpadded picture spans 2 pi.
+    """
+    valid = ~padding
+    rows = valid.cumsum(1, dtype=torch.float32)
+    columns = valid.cumsum(2, dtype=torch.float32)
+    rows = rows / (rows[:, -1:, :] + _EPSILON) * (2 * math.pi)
+    columns = columns / (columns[:, :, -1:] + _EPSILON) * (2 * math.pi)
+    return torch.cat((_waves(rows, dim // 2), _waves(columns, dim // 2)), dim=-1)
+
+
+class LearnedPositions(nn.Module):
+    """One trained vector per column (first half of dim) and per row, for up to 50 of each."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(LEARNED_CELLS, dim // 2)
+        self.columns = nn.Embedding(LEARNED_CELLS, dim // 2)
+
+    def forward(
+        self, padding: Bool[Tensor, "batch rows columns"]
+    ) -> Float[Tensor, "batch rows columns dim"]:
+        """The codes of every cell; ValueError where the feature map has more than 50 rows or
+        columns.
+        """
+        batch, num_rows, num_columns = padding.shape
+        if max(num_rows, num_columns) > LEARNED_CELLS:
+            raise ValueError(
+                f"learned positions exist for {LEARNED_CELLS} x {LEARNED_CELLS} cells, the feature "
+                f"map has {num_rows} x {num_columns}; use smaller pictures, or position=sine"
+            )
+        rows = self.rows.weight[:num_rows, None, :].expand(-1, num_columns, -1)
+        columns = self.columns.weight[None, :num_columns, :].expand(num_rows, -1, -1)
+        return torch.cat((columns, rows), dim=-1).expand(batch, -1, -1, -1)
+
+
+def _waves(angle: Tensor, dim: int) -> Tensor:
+    """Sine and cosine in turn, at frequencies falling from 1 to 1/10000 over `dim` channels."""
+    channel = torch.arange(dim, dtype=torch.float32, device=angle.device)
+    period = _TEMPERATURE ** (2 * torch.div(channel, 2, rounding_mode="floor") / dim)
+    phase = angle[..., None] / period
+    return torch.stack((phase[..., 0::2].sin(), phase[..., 1::2].cos()), dim=-1).flatten(-2)
