@@ -25,7 +25,7 @@ MAX_PIXELS = 89_478_485
 """Largest picture in pixels (Pillow's own limit); a few kilobytes can unpack to gigabytes."""
 
 # A closed list: Pillow would hand an EPS to ghostscript, and vector formats have no size.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF", "TGA")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 # What Pillow's readers raise on damaged files (UnidentifiedImageError is an OSError).
 _DAMAGE = (
@@ -87,7 +87,9 @@ def resize(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Bilinear with antialiasing on uint8, within 1 level of Pillow (0.004 on average, measured).
 
-    The picture may be a view into a larger one; what comes back is contiguous.
+    Where torch shrinks the rows before the columns, roundings fall otherwise than in Pillow: 0.2 on
+    average, as near to the exact result as Pillow's own (measured). The picture may be a view into
+    a larger one; what comes back is contiguous.
     """
     # The batch axis before the permutation: only so does torch see channels-last and stay in it,
     # which is 3.7 times as fast as being given, and giving back, planes (measured).
