@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int64
 from webdataset.tariterators import base_plus_ext
 
 from data.samples import PICTURE_EXTENSIONS, DamagedShardError
@@ -48,6 +50,11 @@ class TarLayout:
     samples: tuple[TarSample, ...]
     end: int
     """Byte offset behind the last file: of the end mark."""
+
+    @property
+    def offsets(self) -> Int64[np.ndarray, " samples_and_end"]:
+        """Byte offset of each sample's first header, and last the end."""
+        return np.array([*(sample.start for sample in self.samples), self.end], dtype=np.int64)
 
 
 def read_layout(path: Path, shard: str) -> TarLayout:
@@ -94,7 +101,10 @@ def merged_by_dots(sample: TarSample) -> tuple[str, str] | None:
 
 
 def _grouped(tar: tarfile.TarFile) -> Iterator[TarSample]:
-    """Neighbours with one key, as webdataset.tariterators.group_by_keys has them."""
+    """Neighbours with one key, as webdataset.tariterators.group_by_keys has them.
+
+    Where that would stop at a file that comes twice, the second begins a sample with the same key.
+    """
     key, start, parts = "", 0, list[TarPart]()
     for member in tar:
         # tarfile keeps every header it saw; a shard of a million would fill the memory.
@@ -104,12 +114,13 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[TarSample]:
         prefix, extension = base_plus_ext(member.name)
         if prefix is None:
             continue
-        if parts and prefix != key:
+        extension = extension.lower()
+        if parts and (prefix != key or any(part.extension == extension for part in parts)):
             yield TarSample(key, start, tuple(parts))
             parts = []
         if not parts:
             key, start = prefix, member.offset
-        parts.append(TarPart(extension.lower(), member.offset_data, member.size))
+        parts.append(TarPart(extension, member.offset_data, member.size))
     if parts:
         yield TarSample(key, start, tuple(parts))
 
