@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import tests.shape_checks  # noqa: F401  (jaxtyping finds it by its name)
-
 from tests.servers import s3_server, s3_store
 
 __all__ = ["s3_server", "s3_store"]
