@@ -25,7 +25,7 @@ class Manifest(Settings):
     """Updates done."""
     files: dict[str, FileRecord]
     """Every other file of the checkpoint by its name."""
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default_factory=dict)
     """Of the evaluation at this very step; empty where there was none."""
     recipe_digest: str = ""
     """`training.recipe.recipe_digest` of the run's recipe."""

@@ -63,11 +63,11 @@ def broadcast_object(value: T, world: World) -> T:
     return held[0]
 
 
-def gather_objects(value: T, world: World) -> tuple[T, ...]:
+def gather_objects(value: T) -> tuple[T, ...]:
     """Every worker's `value` in the order of the ranks, on every worker; pickled on the way."""
     if not _connected():
         return (value,)
-    held: list[T | None] = [None] * world.size
+    held: list[T | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(held, value)
     return tuple(held)  # type: ignore[arg-type]
 

@@ -1,0 +1,150 @@
+"""The nouns of the loop: how long to train, what is trained, and what surrounds it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Generic, Literal, Protocol, Self, TypeVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from models.settings import Settings
+from models.structures import Losses
+from training.metrics import Journal, StepRecord
+from training.progress import Display
+from training.schedule import Schedule
+from training.snapshot import Position, TrainingState
+from training.world import World
+
+
+class LoopSettings(Settings):
+    """How long to train, how precisely, and how often to do what."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    """Length of the run in passes over the data; give this or steps."""
+    steps: int | None = Field(default=None, ge=1)
+    """Length of the run in updates; give this or epochs."""
+    accumulate: int = Field(default=1, ge=1)
+    """Batches whose gradients are averaged into one update."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """`bf16` computes the model in bfloat16 where that is safe; matching and losses stay float32.
+    """
+    compile: bool = False
+    """Compile the model with torch.compile: minutes at the start, faster steps after."""
+    log_every: int = Field(default=50, ge=1)
+    """Updates between two records."""
+    evaluate_every: int | None = Field(default=None, ge=1)
+    """Updates between two evaluations, with one at the start and one at the end; null for none."""
+    checkpoint_every_steps: int | None = Field(default=None, ge=1)
+    """Updates between two checkpoints; null leaves it to the minutes."""
+    checkpoint_every_minutes: float | None = Field(default=10.0, gt=0)
+    """Minutes between two checkpoints; null leaves it to the steps."""
+    max_bad_steps: int = Field(default=10, ge=1)
+    """Updates in a row that may be left out for not being finite before the run stops."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                f"epochs={self.epochs} and steps={self.steps}: give exactly one of them, "
+                "e.g. loop.epochs=60 loop.steps=null"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length of a run."""
+
+    total_steps: int
+    batches_per_epoch: int
+    accumulate: int
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Updates in one pass over the data; an update may span the end of an epoch."""
+        return self.batches_per_epoch / self.accumulate
+
+    def first_batch(self, position: Position) -> int:
+        """Number, over all epochs, of the batch that the next update begins with."""
+        return position.step * self.accumulate
+
+
+class Batch(Protocol):
+    """What the loop asks of a batch."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The pictures of this worker's part."""
+        ...
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The pictures of this worker's part that could not be decoded."""
+        ...
+
+
+B = TypeVar("B", bound=Batch)
+
+
+class Checkpoints(Protocol):
+    """Where checkpoints go."""
+
+    def save(self, state: TrainingState, position: Position, metrics: Mapping[str, float]) -> None:
+        """Keeps the state of `position`; called on every worker."""
+        ...
+
+    def flush(self) -> None:
+        """Returns when what was saved is stored or has failed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job(Generic[B]):
+    """What is trained."""
+
+    state: TrainingState
+    model: nn.Module
+    """What the objective calls: `state.model`, or DDP around it."""
+    objective: Callable[[nn.Module, B, torch.Generator], Losses]
+    """Losses of a batch, with denominators over all workers; the generator is of (step, rank)."""
+    batches: Iterator[B]
+    """Endless; begins at `Plan.first_batch` of the position."""
+    plan: Plan
+    schedule: Schedule
+    settings: LoopSettings
+    clip_norm: float | None
+    seed: int
+    world: World
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the run tells and is told; journal and display are of the first worker only."""
+
+    checkpoints: Checkpoints
+    clock: Callable[[], float]
+    """Seconds that only grow, e.g. time.monotonic."""
+    stop: Callable[[], bool]
+    """True once this worker has been asked to stop."""
+    journal: Journal | None = None
+    display: Display | None = None
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
+    """Metrics of a model in evaluation mode; called on every worker."""
+    counters: Callable[[], Mapping[str, float]] | None = None
+    """Counts of the stream and the store for the record."""
+    report: Callable[[StepRecord], None] | None = None
+    """Called with each record on every worker."""
+
+
+def plan_steps(settings: LoopSettings, batches_per_epoch: int) -> Plan:
+    """The length of a run; a length in epochs is rounded up to whole updates.
+
+    Raises:
+        ValueError: the data hold no batch.
+    """
+    if batches_per_epoch < 1:
+        raise ValueError(f"batches_per_epoch={batches_per_epoch}: the data hold no whole batch")
+    batches = (settings.epochs or 0) * batches_per_epoch
+    steps = settings.steps or -int(-batches // settings.accumulate)
+    return Plan(steps, batches_per_epoch, settings.accumulate)

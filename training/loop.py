@@ -1,0 +1,184 @@
+"""The loop: batch, losses, gradients, update; the same for pretraining and finetuning.
+
+One device read per step: whether the update is finite, whether to stop and whether to checkpoint
+are agreed between the workers in one small sum, read before the update is made. Dropout is seeded
+at every step from (seed, step, rank): a resumed run draws what the uninterrupted one would have
+drawn, with no random state stored, whatever an evaluation in between has drawn.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from models.structures import Losses
+from training.job import B, Job, Plan, Surroundings
+from training.metrics import BadStep
+from training.optimiser import (
+    clip_gradients,
+    gradient_norm,
+    set_learning_rates,
+    trainable_parameters,
+)
+from training.parallel import averaging
+from training.reporting import Reporter, Verdict
+from training.snapshot import Position, TrainingState
+from training.world import all_reduce_sum, gather_objects
+
+
+class NonFiniteLoss(ArithmeticError):  # noqa: N818
+    """Too many updates in a row had a loss or a gradient that was not finite."""
+
+
+def train(job: Job[B], surroundings: Surroundings, start: Position) -> Position:
+    """Trains from `start` to the end of the plan, or until asked to stop; returns where it is.
+
+    Stopping, like the end, leaves a checkpoint behind that is stored when this returns.
+
+    Raises:
+        NonFiniteLoss: `max_bad_steps` updates in a row were not finite; names step and pictures.
+        ValueError: the stream of batches ended.
+    """
+    position = start
+    optimiser = job.state.optimiser
+    parameters = trainable_parameters(optimiser)
+    reporter = Reporter(job, surroundings)
+    reporter.begin(position)
+    job.model.train()
+    while position.step < job.plan.total_steps:
+        rates = set_learning_rates(optimiser, job.schedule, position.step)
+        generator = seed_step(job.seed, position.step, job.world.rank)
+        batches = reporter.wait_for_batches()
+        losses = _differentiate(job, batches, generator)
+        norm = gradient_norm(parameters)
+        wishes = (surroundings.stop(), reporter.wants_checkpoint(position))
+        verdict = _agree(losses, norm, batches, wishes)
+        if verdict.is_good:
+            clip_gradients(parameters, norm, job.clip_norm)
+            _update(job.state, position.step)
+            reporter.add_losses(losses, norm)
+        optimiser.zero_grad(set_to_none=True)
+        position = _advanced(position, verdict, job.plan)
+        if not verdict.is_good:
+            bad = _bad_step(position, losses, norm, batches)
+            reporter.tell_bad_step(bad)
+            _give_up_after(job.settings.max_bad_steps, position, bad)
+        reporter.tell(position, verdict, rates, batches)
+        if verdict.stop:
+            break
+    surroundings.checkpoints.flush()
+    return position
+
+
+def seed_step(seed: int, step: int, rank: int) -> torch.Generator:
+    """Seeds what a step draws: dropout, which knows only the global state, and the generator.
+
+    Both depend on (seed, step, rank) alone.
+    """
+    torch.manual_seed(_derived(seed, step, rank, "dropout"))
+    return torch.Generator().manual_seed(_derived(seed, step, rank, "objective"))
+
+
+def _derived(seed: int, step: int, rank: int, purpose: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _differentiate(job: Job[B], batches: Sequence[B], generator: torch.Generator) -> Losses:
+    """Leaves the mean gradient of the batches in the parameters; returns their mean losses."""
+    found: list[Losses] = []
+    for number, batch in enumerate(batches, start=1):
+        with averaging(job.model, is_last=number == len(batches)):
+            with _precision(job):
+                losses = job.objective(job.model, batch, generator)
+            torch.autograd.backward(losses.total / len(batches))
+        found.append(_detached(losses))
+    return found[0] if len(found) == 1 else _mean(found)
+
+
+def _precision(job: Job[B]) -> torch.autocast:
+    is_mixed = job.settings.precision == "bf16"
+    return torch.autocast(job.world.device.type, dtype=torch.bfloat16, enabled=is_mixed)
+
+
+def _detached(losses: Losses) -> Losses:
+    terms = {name: term.detach() for name, term in losses.terms.items()}
+    return Losses(losses.total.detach(), terms)
+
+
+def _mean(found: Sequence[Losses]) -> Losses:
+    terms = {
+        name: torch.stack([losses.terms[name] for losses in found]).mean()
+        for name in found[0].terms
+    }
+    return Losses(torch.stack([losses.total for losses in found]).mean(), terms)
+
+
+def _agree(
+    losses: Losses, norm: Tensor, batches: Sequence[B], wishes: tuple[bool, bool]
+) -> Verdict:
+    """The same verdict on every worker, by one sum and one device read."""
+    is_bad = ~(torch.isfinite(losses.total) & torch.isfinite(norm))
+    pictures = sum(len(batch.keys) for batch in batches)
+    skipped = sum(len(batch.skipped) for batch in batches)
+    told = torch.tensor([*wishes, pictures, skipped], dtype=torch.float32, device=norm.device)
+    bad, stop, checkpoint, pictures_sum, skipped_sum = all_reduce_sum(
+        torch.cat([is_bad.float()[None], told])
+    ).tolist()
+    return Verdict(
+        is_good=bad == 0,
+        stop=stop > 0,
+        checkpoint=checkpoint > 0,
+        pictures=int(pictures_sum),
+        skipped=int(skipped_sum),
+    )
+
+
+def _update(state: TrainingState, step: int) -> None:
+    state.optimiser.step()
+    if state.ema:
+        state.ema.update(step)
+
+
+def _advanced(position: Position, verdict: Verdict, plan: Plan) -> Position:
+    step = position.step + 1
+    epoch, batch = divmod(step * plan.accumulate, plan.batches_per_epoch)
+    bad = not verdict.is_good
+    return replace(
+        position,
+        step=step,
+        epoch=epoch,
+        batch=batch,
+        pictures=position.pictures + verdict.pictures,
+        skipped=position.skipped + verdict.skipped,
+        bad_steps=position.bad_steps + bad,
+        bad_in_a_row=position.bad_in_a_row + 1 if bad else 0,
+    )
+
+
+def _bad_step(position: Position, losses: Losses, norm: Tensor, batches: Sequence[B]) -> BadStep:
+    keys = tuple(key for batch in batches for key in batch.keys)
+    told = gather_objects((float(losses.total), keys))
+    return BadStep(
+        step=position.step,
+        grad_norm=float(norm),
+        losses=tuple(loss for loss, _ in told),
+        keys=tuple(keys for _, keys in told),
+    )
+
+
+def _give_up_after(max_bad_steps: int, position: Position, bad: BadStep) -> None:
+    if position.bad_in_a_row < max_bad_steps:
+        return
+    guilty = [k for k, loss in zip(bad.keys, bad.losses, strict=True) if not math.isfinite(loss)]
+    keys = [key for part in guilty or bad.keys for key in part]
+    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    raise NonFiniteLoss(
+        f"step {bad.step}: {position.bad_in_a_row} updates in a row were not finite, loss "
+        f"{max(bad.losses, key=abs)}, gradient norm {bad.grad_norm}, pictures "
+        f"{', '.join(keys[:8])}{more}; the last checkpoint is good: resume it with a lower "
+        "optimiser.lr or loop.precision=float32"
+    )
