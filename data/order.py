@@ -10,15 +10,18 @@ Which pictures form global batch k does not depend on ranks, loader processes, t
    the i-th of every stream have like aspects and a batch needs little padding. One permutation per
    block, the same in all streams, then shuffles the batches.
 
-Reads are therefore sequential (a run is one ranged read of some megabytes), memory is bounded (the
-own streams' blocks), and seeking to batch k needs nothing but block `k`'s own reads.
+Reads are therefore sequential (a run is one ranged read of some 2 MB), memory is bounded (the own
+streams' blocks), and seeking to batch k needs nothing but the reads of its own block.
 
 Random numbers are raw 64-bit words of Philox keyed by (seed, epoch, purpose, place), ordered by a
 stable sort: numpy fixes the words of a bit generator for good (NEP 19), but not what the methods
 of its Generator make of them, so `permutation` could change an order with a numpy release.
 
-Measured (benchmarks/shuffle.py; 1.28 M samples, batch 256): a plan 30 ms, a block of 128 batches
-10 ms.
+Measured (benchmarks/shuffle.py): on 1.28 M samples at batch 256 a plan takes 30 to 160 ms, a block
+of 128 batches 5 ms; neighbours in the stream have storage places correlated by 0.004 at most; in
+a store sorted by class (the worst; `querypatch shards write` mixes) 16 batches show 847 classes, a
+perfect shuffle 970. On ImageNet's picture sizes 6.7 % of a batch of 32 is padding, 0.9 % at batch
+2; in random order with a scale per picture, as in the reference, 41.9 % and 18.2 %.
 """
 
 from collections.abc import Sequence
@@ -43,7 +46,7 @@ _ASPECT_OFFSET = 1 << 15
 class OrderSettings(Settings):
     """How an epoch is shuffled and cut into batches."""
 
-    run_length: int = Field(default=64, ge=1)
+    run_length: int = Field(default=16, ge=1)
     """Samples that are read in one piece, at most; small sets use less, see `run_length_of`."""
     block: int = Field(default=128, ge=1)
     """Samples of one stream that are shuffled and grouped by aspect together, about."""
