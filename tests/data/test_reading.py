@@ -77,7 +77,7 @@ def test_samples_of_a_range_are_those_of_the_index(tmp_path: Path) -> None:
 def test_a_read_that_is_cut_anywhere_is_never_a_shorter_shard(
     tmp_path: Path, faulty: type[FaultyFileSystem], cut: int
 ) -> None:
-    """At the end of a part, of a sample or within: webdataset itself raises at some of them only."""
+    """After a part, after a sample or within: webdataset itself raises at some of them only."""
     index = write_shards(tmp_path, (3,))
     faulty.faults = [lambda data: data[:-cut]]
     samples = faulty_reader(tmp_path, []).samples(sample_ranges(index, range(3), 16)[0])
