@@ -52,7 +52,9 @@ class CheckpointWriter:
         self._world = world
         self._recipe_digest = recipe_digest
 
-    def save(self, state: TrainingState, position: Position, metrics: Mapping[str, float]) -> None:
+    def save(
+        self, state: TrainingState, position: Position, metrics: Mapping[str, float | int]
+    ) -> None:
         """Copies the state to the CPU and queues it; `metrics` are of an evaluation at this step.
 
         Called on every worker; all but the first return at once.
@@ -67,7 +69,7 @@ class CheckpointWriter:
         """Returns when every queued checkpoint is stored or has failed."""
         self._uploads.flush()
 
-    def _store(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
+    def _store(self, snapshot: Snapshot, metrics: dict[str, float | int]) -> None:
         save_checkpoint(self._folder, snapshot, metrics, self._recipe_digest)
         delete_expired(self._folder, self._settings)
 
@@ -75,7 +77,7 @@ class CheckpointWriter:
 def save_checkpoint(
     folder: RunFolder,
     snapshot: Snapshot,
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, float | int],
     recipe_digest: str,
 ) -> Manifest:
     """Stores a snapshot: files first, manifest last; replaces a checkpoint of the same step.
@@ -92,7 +94,7 @@ def commit_files(
     folder: RunFolder,
     source: Path,
     step: int,
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, float | int],
     recipe_digest: str,
 ) -> Manifest:
     """Publishes the files that `write_files` made in `source`, and last their manifest.

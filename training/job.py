@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, Self, TypeVar
+from typing import Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from pydantic import Field, model_validator
@@ -70,6 +70,7 @@ class Plan:
         return position.step * self.accumulate
 
 
+@runtime_checkable
 class Batch(Protocol):
     """What the loop asks of a batch."""
 
@@ -87,10 +88,13 @@ class Batch(Protocol):
 B = TypeVar("B", bound=Batch)
 
 
+@runtime_checkable
 class Checkpoints(Protocol):
     """Where checkpoints go."""
 
-    def save(self, state: TrainingState, position: Position, metrics: Mapping[str, float]) -> None:
+    def save(
+        self, state: TrainingState, position: Position, metrics: Mapping[str, float | int]
+    ) -> None:
         """Keeps the state of `position`; called on every worker."""
         ...
 
@@ -129,9 +133,9 @@ class Surroundings:
     """True once this worker has been asked to stop."""
     journal: Journal | None = None
     display: Display | None = None
-    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
+    evaluate: Callable[[nn.Module], Mapping[str, float | int]] | None = None
     """Metrics of a model in evaluation mode; called on every worker."""
-    counters: Callable[[], Mapping[str, float]] | None = None
+    counters: Callable[[], Mapping[str, float | int]] | None = None
     """Counts of the stream and the store for the record."""
     report: Callable[[StepRecord], None] | None = None
     """Called with each record on every worker."""

@@ -55,7 +55,7 @@ class StepRecord:
     """Updates left out because they were not finite, since the start of the run."""
     skipped_keys: tuple[str, ...] = ()
     """The pictures that could not be decoded since the last record."""
-    counters: Mapping[str, float] = field(default_factory=dict)
+    counters: Mapping[str, float | int] = field(default_factory=dict)
     """Counts of the data stream and the store, e.g. retries, of the first worker."""
 
 
@@ -105,7 +105,7 @@ class Journal:
         self._write({**head, **numbers, **named})
         self._draw(numbers, record.step)
 
-    def write_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write_evaluation(self, step: int, metrics: Mapping[str, float | int]) -> None:
         """Records an evaluation after `step` updates."""
         self._write({"kind": "evaluation", "step": step, **metrics})
         self._draw(metrics, step)
@@ -138,7 +138,7 @@ class Journal:
         if self._clock() - self._published_at >= self._publish_every_s:
             self.publish()
 
-    def _draw(self, numbers: Mapping[str, float], step: int) -> None:
+    def _draw(self, numbers: Mapping[str, float | int], step: int) -> None:
         for name, value in numbers.items():
             self._curves.add_scalar(name, value, step)
 
@@ -185,7 +185,7 @@ def _step(line: Mapping[str, object]) -> int:
     return step if isinstance(step, int) else 0
 
 
-def _numbers(record: StepRecord) -> dict[str, float]:
+def _numbers(record: StepRecord) -> dict[str, float | int]:
     terms = {name: value for name, value in record.losses.items() if name != "total"}
     return {
         "loss": record.losses["total"],

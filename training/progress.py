@@ -1,7 +1,7 @@
 """What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere."""
 
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from training.metrics import StepRecord
 
 
+@runtime_checkable
 class Display(Protocol):
     """Shows a run to a person."""
 

@@ -123,8 +123,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit(folder: Path) -> str | None:
+    is_ours = _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
     head = _git(folder, "rev-parse", "HEAD")
-    if not head:
+    if not is_ours or not head:
         return None
     return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
 

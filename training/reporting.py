@@ -147,7 +147,7 @@ class Reporter(Generic[B]):
             counters=counters,
         )
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def _evaluate(self, step: int) -> dict[str, float | int]:
         if self._around.evaluate is None:
             return {}
         state = self._job.state
@@ -164,7 +164,7 @@ class Reporter(Generic[B]):
             self._around.display.note(f"evaluation at step {step}: {numbers}")
         return metrics
 
-    def _save(self, position: Position, metrics: Mapping[str, float]) -> None:
+    def _save(self, position: Position, metrics: Mapping[str, float | int]) -> None:
         # The record goes first: a checkpoint never knows of steps that its record does not.
         if self._around.journal:
             self._around.journal.publish()

@@ -114,7 +114,7 @@ class RunFolder:
     def size(self, name: str) -> int | None:
         """Bytes of `name`; None where there is no such file."""
         try:
-            return int(self._retry(lambda: self._info(name)["size"], "look at", name))
+            return self._retry(lambda: self._stored_size(name), "look at", name)
         except FileNotFoundError:
             return None
 
@@ -139,8 +139,7 @@ class RunFolder:
 
     @contextmanager
     def spool(self) -> Iterator[Path]:
-        """A fresh local folder to prepare files in, on a local run's own disk; removed afterwards.
-        """
+        """A fresh local folder to prepare files in, on a local run's own disk; removed afterwards."""
         parent = Path(self.root) / SPOOL if self.is_local else None
         if parent:
             parent.mkdir(parents=True, exist_ok=True)
@@ -160,14 +159,13 @@ class RunFolder:
             return
         size = source.stat().st_size
         self.filesystem.put_file(str(source), self.path(name))
-        stored = self._info(name)["size"]
+        stored = self._stored_size(name)
         if stored != size:
             raise StoreError(f"the store holds {stored} of {size} bytes")
 
-    def _info(self, name: str) -> Mapping[str, int]:
+    def _stored_size(self, name: str) -> int:
         self.filesystem.invalidate_cache()
-        info: Mapping[str, int] = self.filesystem.info(self.path(name))
-        return info
+        return int(self.filesystem.info(self.path(name))["size"])
 
     def _list(self, folder: str) -> list[str]:
         self.filesystem.invalidate_cache()

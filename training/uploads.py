@@ -19,10 +19,12 @@ class Uploads:
 
     failures: int
     """Uploads that failed since the start."""
+    failures_in_a_row: int
+    """The same, since the last that succeeded; above 0 after a flush, the newest is not stored."""
 
     def __init__(self, max_waiting: int = 2, loud_after: int = 3) -> None:
         self.failures = 0
-        self._in_a_row = 0
+        self.failures_in_a_row = 0
         self._max_waiting = max_waiting
         self._loud_after = loud_after
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="uploads")
@@ -55,16 +57,16 @@ class Uploads:
     def _count(self, what: str, done: "Future[None]") -> None:
         error = done.exception()
         with self._lock:
-            self._in_a_row = self._in_a_row + 1 if error else 0
+            self.failures_in_a_row = self.failures_in_a_row + 1 if error else 0
             self.failures += error is not None
         if error is None:
             return
-        is_loud = self._in_a_row >= self._loud_after
+        is_loud = self.failures_in_a_row >= self._loud_after
         logger.log(
             logging.ERROR if is_loud else logging.WARNING,
             "%s was not stored (%d in a row, %d in all), the run goes on: %s: %s",
             what,
-            self._in_a_row,
+            self.failures_in_a_row,
             self.failures,
             type(error).__name__,
             error,
