@@ -1,0 +1,81 @@
+"""Reading tensors out of somebody else's checkpoint, from any path or fsspec URL, without running
+its code.
+"""
+
+import argparse
+import io
+import pickle
+from collections.abc import Mapping
+
+import fsspec
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+_WRAPPERS = ("model", "state_dict")
+_PREFIX = "module."
+
+
+class WeightsError(ValueError):
+    """A checkpoint that cannot be read, or that does not fit the model tensor by tensor."""
+
+
+def read_tensors(source: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, on the CPU, without the `module.` of a parallel wrapper.
+
+    `source` is a path or an fsspec URL of a safetensors file or of a `torch.save` file that holds a
+    bare state dict or one under "model" or "state_dict". WeightsError where it is neither; OSError
+    where it cannot be read.
+    """
+    with fsspec.open(source, "rb") as file:
+        content: bytes = file.read()
+    if source.endswith(".safetensors"):
+        return _without_prefix(_read_safetensors(content, source))
+    return _without_prefix(_state_dict(_read_pickle(content, source), source))
+
+
+def _read_safetensors(content: bytes, source: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise WeightsError(
+            f"{source} is not a whole safetensors file ({error}); fetch it again"
+        ) from error
+
+
+def _read_pickle(content: bytes, source: str) -> object:
+    """Published DETR files carry their command line as a Namespace, which is data; nothing else is
+    let in.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded: object = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return loaded
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(
+            f"{source} holds no plain tensors that torch.load can read ({reason}); "
+            "give a state dict saved by torch.save, or a safetensors file"
+        ) from error
+
+
+def _state_dict(loaded: object, source: str) -> dict[str, Tensor]:
+    if not isinstance(loaded, Mapping):
+        raise WeightsError(f"{source} holds a {type(loaded).__name__}, not a state dict; save one")
+    for wrapper in _WRAPPERS:
+        inner = loaded.get(wrapper)
+        if isinstance(inner, Mapping):
+            return _state_dict(inner, source)
+    others = [name for name, value in loaded.items() if not isinstance(value, Tensor)]
+    if others or not loaded:
+        found = ", ".join(map(str, others[:5])) or "nothing"
+        raise WeightsError(
+            f"{source} is no state dict: besides tensors it holds {found}; "
+            'save the state dict bare, or under "model" or "state_dict"'
+        )
+    return dict(loaded)
+
+
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}

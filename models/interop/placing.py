@@ -1,0 +1,109 @@
+"""Putting the tensors of a checkpoint into a module: all of them, or an error that says which do
+not fit.
+
+`strict=False`, as the public code loads, drops what it does not know without a word: a pre-norm
+file in a post-norm model loses `transformer.encoder.norm` and nothing is said.
+"""
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.interop.checkpoint_files import WeightsError
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor: of the model (`loaded`, `reshaped`, `new`) and of the file
+    (`left_out`).
+    """
+
+    loaded: tuple[str, ...]
+    """Model tensors taken from the file, those in `reshaped` included."""
+    reshaped: tuple[str, ...]
+    """Model tensors whose shape in the file differs by axes of length 1."""
+    new: tuple[str, ...]
+    """Model tensors that keep their random values."""
+    left_out: tuple[str, ...]
+    """File tensors that the model has no use for."""
+
+    def summary(self) -> str:
+        """The report in one line."""
+        return (
+            f"{len(self.loaded)} tensors loaded ({len(self.reshaped)} reshaped), "
+            f"{len(self.new)} new: {listed(self.new)}, "
+            f"{len(self.left_out)} left out: {listed(self.left_out)}"
+        )
+
+
+def place_tensors(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    file_name: Callable[[str], str],
+    left_out: Sequence[str],
+    new: Sequence[str] = (),
+    source: str,
+) -> LoadReport:
+    """Load a module's state from tensors whose names in the file are `file_name(our name)`.
+
+    `left_out` are shell patterns of file names that may go unused, `new` of our names that keep
+    their values. One WeightsError lists everything missing, unexpected or of another shape; the
+    module is unchanged then.
+    """
+    state = module.state_dict()
+    wanted = {ours: file_name(ours) for ours in state if not _matches(ours, new)}
+    missing = [theirs for theirs in wanted.values() if theirs not in tensors]
+    spare = [theirs for theirs in tensors if theirs not in wanted.values()]
+    unexpected = [theirs for theirs in spare if not _matches(theirs, left_out)]
+    misshapen = [
+        f"{theirs} {tuple(tensors[theirs].shape)} for {tuple(state[ours].shape)}"
+        for ours, theirs in wanted.items()
+        if theirs in tensors and not _same_but_for_ones(tensors[theirs].shape, state[ours].shape)
+    ]
+    complaints = [
+        f"{len(names)} {what}: {listed(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshapen),
+        )
+        if names
+    ]
+    if complaints:
+        raise WeightsError(
+            f"{source} does not fit the model: {'; '.join(complaints)}; "
+            "give the file's own architecture in the settings, or another file"
+        )
+    kept = {name: tensor for name, tensor in state.items() if name not in wanted}
+    loaded = {ours: tensors[theirs].view(state[ours].shape) for ours, theirs in wanted.items()}
+    module.load_state_dict(kept | loaded)
+    return LoadReport(
+        loaded=tuple(wanted),
+        reshaped=tuple(
+            ours for ours, theirs in wanted.items() if tensors[theirs].shape != state[ours].shape
+        ),
+        new=tuple(kept),
+        left_out=tuple(spare),
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) or "none") + more
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _same_but_for_ones(shape: torch.Size, wanted: torch.Size) -> bool:
+    return [length for length in shape if length != 1] == [
+        length for length in wanted if length != 1
+    ]

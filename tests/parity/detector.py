@@ -1,0 +1,337 @@
+"""Parity of DETR and of UP-DETR, pretraining and finetuned: forward, matching, losses, gradient
+norms.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.detector import Detector, DetectorSettings
+from models.interop.detr import detr_name, detr_settings, load_detr
+from models.losses import LossWeights, Reconstruction, set_losses
+from models.patch_queries import PatchDetector, PatchDraws, QueryPatches
+from models.resnet import run_stage, run_stem
+from models.structures import (
+    DetectorOutput,
+    GroupOutput,
+    Images,
+    Losses,
+    QueryGroup,
+    Targets,
+    padding_of,
+)
+from tests.parity import formula
+from tests.parity.case import (
+    GRADIENT_TOLERANCE,
+    Case,
+    Finding,
+    NotSupportedError,
+    compare,
+    compare_values,
+)
+from tests.parity.criterion import (
+    compare_losses,
+    compare_matching,
+    costs_of,
+    criterion_losses,
+    targets_of,
+)
+
+_CORNER = (slice(0, 6), slice(0, 3), slice(0, 3))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What our model said, and what passed between its parts."""
+
+    output: DetectorOutput
+    queries: QueryGroup
+    projected: Tensor
+    reconstruction: Reconstruction | None = None
+    patch_queries: Tensor | None = None
+
+
+def run_detector(case: Case) -> Iterator[Finding]:
+    """A DETR."""
+    tensors = _tensors(case)
+    settings = _settings(case, tensors)
+    model = Detector(settings, torch.Generator())
+    load_detr(model, tensors, source=case.name)
+    model.train(case.config["mode"] == "train")
+    images = _images(case)
+    with torch.set_grad_enabled(model.training), _Watch(model) as watch:
+        run = Run(model(images), watch.queries, watch.projected)
+    yield from _findings(case, model, model, images, run)
+
+
+def run_patch_detector(case: Case) -> Iterator[Finding]:
+    """UP-DETR in pretraining."""
+    config = case.config
+    tensors = _tensors(case)
+    settings = _settings(case, tensors)
+    patches = QueryPatches(
+        num_patches=config["num_patches"],
+        mask_ratio=float(config["mask_ratio"]),
+        shuffle=config["query_shuffle"],
+        reconstruction=config["feature_recon"],
+        detach_features=False,
+    )
+    model = PatchDetector(settings, patches, torch.Generator())
+    load_detr(model, tensors, source=case.name)
+    model.train(config["mode"] == "train")
+    images = _images(case)
+    with torch.set_grad_enabled(model.training), _Watch(model.detector) as watch:
+        said = model(images, _patches(case), _draws(case))
+        flat_features = said.patch_features.flatten(0, 1)
+        run = Run(
+            said.detection,
+            watch.queries,
+            watch.projected,
+            reconstruction=None
+            if said.reconstructions is None
+            else Reconstruction(said.reconstructions, said.patch_features),
+            patch_queries=model.patch_projection(flat_features),
+        )
+    yield from _findings(case, model, model.detector, images, run)
+    yield from _patch_findings(case, run, flat_features)
+
+
+def _findings(
+    case: Case, model: nn.Module, detector: Detector, images: Images, run: Run
+) -> Iterator[Finding]:
+    yield _trained(case, model)
+    yield from _intermediates(case, detector, images, run)
+    (group,) = run.output.groups
+    if not case.config["aux_loss"]:
+        group = GroupOutput(group.name, group.layers[-1:])
+    for number, layer in enumerate(group.layers):
+        prefix = "" if number == len(group.layers) - 1 else f"aux_{number}_"
+        for name, got in (("pred_logits", layer.logits), ("pred_boxes", layer.boxes)):
+            if prefix + name in case.arrays:
+                yield compare("outputs", prefix + name, got, case)
+    if "targets" in case.inputs:
+        targets = targets_of(case.inputs["targets"])
+        losses = criterion_losses(case, group, targets, run.reconstruction)
+        yield from compare_matching(case, group.layers, targets)
+        yield from compare_losses(case, losses)
+        if model.training:
+            yield from _gradients(case, model, group, targets, losses)
+
+
+def _intermediates(case: Case, detector: Detector, images: Images, run: Run) -> Iterator[Finding]:
+    """From the CNN to the decoder's states, so that a difference shows where it begins."""
+    memory = run.output.memory
+    (rows, columns), batch = memory.spatial_shapes[0], len(images.sizes)
+    yield from _backbone(case, detector, images)
+    mask = memory.padding.view(batch, rows, columns)
+    yield compare("intermediates", "feature_mask", mask.float(), case)
+    position = memory.position.view(batch, rows, columns, -1).permute(0, 3, 1, 2)
+    yield compare("intermediates", "position", position, case)
+    yield compare("intermediates", "input_proj_first4", run.projected[:, :4], case)
+    yield compare("intermediates", "encoder_memory_first4", memory.tokens[:, :4], case)
+    hidden = torch.stack([layer.hidden for layer in run.output.groups[0].layers])
+    yield compare("intermediates", "decoder_hidden_first4", hidden[:, :, :4], case)
+
+
+def _backbone(case: Case, detector: Detector, images: Images) -> Iterator[Finding]:
+    with torch.no_grad():
+        folded = detector.backbone.body.fold(torch.float32)
+        features = run_stem(folded, images.pixels)
+        means, deviations = [], []
+        for blocks in folded.stages:
+            features = run_stage(blocks, features)
+            means.append(features.mean((1, 2, 3)))
+            deviations.append(features.std((1, 2, 3), correction=0))
+    yield compare("intermediates", "backbone_mean", torch.stack(means), case)
+    yield compare("intermediates", "backbone_std", torch.stack(deviations), case)
+    yield compare("intermediates", "backbone_c5_corner", features[:, *_CORNER], case)
+
+
+def _patch_findings(case: Case, run: Run, features: Tensor) -> Iterator[Finding]:
+    assert run.patch_queries is not None
+    yield compare("intermediates", "patch_query", run.patch_queries, case)
+    yield compare("intermediates", "query_position", run.queries.position, case)
+    if run.reconstruction is None:
+        return
+    yield compare("intermediates", "gt_feature", features, case)
+    *others, last = run.reconstruction.predicted
+    queries = torch.from_numpy(case.arrays["pred_feature_queries"])
+    yield compare("outputs", "pred_feature_at_queries", last[:, queries], case)
+    yield compare("outputs", "pred_feature_norm", last.norm(dim=-1), case)
+    for number, layer in enumerate(others):
+        yield compare("outputs", f"aux_{number}_pred_feature_norm", layer.norm(dim=-1), case)
+
+
+def _gradients(
+    case: Case, model: nn.Module, group: GroupOutput, targets: Targets, losses: Losses
+) -> Iterator[Finding]:
+    """Norms per tensor, of the whole loss and of its box terms alone."""
+    names = case.arrays["grad_names"].tolist()
+    box_losses = _box_losses(case, group, targets)
+    for array, loss in (("grad_norms_boxes", box_losses), ("grad_norms", losses)):
+        if array not in case.arrays:
+            continue
+        model.zero_grad()
+        loss.total.backward(retain_graph=array == "grad_norms_boxes")
+        norms = {
+            detr_name(name): 0.0 if tensor.grad is None else float(tensor.grad.norm())
+            for name, tensor in model.named_parameters()
+            if tensor.requires_grad
+        }
+        for name, expected in zip(names, case.arrays[array], strict=True):
+            got = np.asarray(norms.get(name, np.nan))
+            where = f"{array} of {name}"
+            yield compare_values("gradients", where, got, expected, GRADIENT_TOLERANCE, 1e-4)
+        for name in case.zero_gradients:
+            yield Finding("zero gradients", norms[name], GRADIENT_TOLERANCE, f"{array} of {name}")
+
+
+def _box_losses(case: Case, group: GroupOutput, targets: Targets) -> Losses:
+    """The criterion with the box terms alone; the matching is that of all costs."""
+    boxes_only = LossWeights(
+        classes=0.0,
+        boxes_l1=float(case.config["bbox_loss_coef"]),
+        giou=float(case.config["giou_loss_coef"]),
+    )
+    return set_losses(group, targets, boxes_only, costs_of(case.config))
+
+
+def _trained(case: Case, model: nn.Module) -> Finding:
+    """Tensors that are trained by one side only."""
+    assert case.manifest is not None
+    wanted = {
+        name
+        for name, entry in json.loads(case.manifest.read_text()).items()
+        if entry.get("requires_grad")
+    }
+    ours = {detr_name(name) for name, tensor in model.named_parameters() if tensor.requires_grad}
+    odd = sorted(wanted ^ ours)
+    return Finding(
+        "trained tensors", float(len(odd)), 0, ", ".join(odd[:3]) or "all as they should be"
+    )
+
+
+def _tensors(case: Case) -> dict[str, Tensor]:
+    assert case.manifest is not None
+    made = formula.weights(case.manifest, case.config.get("fill_overrides", {}))
+    return {name: torch.from_numpy(np.asarray(value)) for name, value in made.items()}
+
+
+def _settings(case: Case, tensors: dict[str, Tensor]) -> DetectorSettings:
+    """As inferred from the tensors, which the case's own words must confirm."""
+    config = case.config
+    if config["activation"] != "relu" or config["dropout"]:
+        raise NotSupportedError(f"activation {config['activation']}, dropout {config['dropout']}")
+    settings = detr_settings(
+        tensors,
+        source="formula",
+        num_heads=config["nheads"],
+        dilation=config["dilation"],
+        train_backbone=config["train_backbone"],
+    )
+    told = {
+        "backbone": settings.backbone.name,
+        "position_embedding": settings.position,
+        "enc_layers": settings.encoder_layers,
+        "dec_layers": settings.decoder_layers,
+        "dim_feedforward": settings.feedforward_dim,
+        "hidden_dim": settings.hidden_dim,
+        "pre_norm": settings.pre_norm,
+        "num_queries": settings.num_queries,
+        "num_classes": settings.num_classes,
+    }
+    wrong = {key: value for key, value in told.items() if config[key] != value}
+    if wrong:
+        raise ValueError(f"inferred {wrong} from the tensors, against the case's config")
+    backbone = settings.backbone.model_copy(update={"frozen_precision": "float32"})
+    return settings.model_copy(update={"dropout": 0.0, "backbone": backbone})
+
+
+def _images(case: Case) -> Images:
+    made = [_picture(described) for described in case.inputs["images"]]
+    sizes = torch.tensor([picture.shape[1:] for picture in made])
+    height, width = sizes.amax(0).tolist()
+    pixels = torch.zeros(len(made), 3, height, width)
+    for place, picture in zip(pixels, made, strict=True):
+        place[:, : picture.shape[1], : picture.shape[2]] = picture
+    return Images(pixels, padding_of(sizes, height, width), sizes)
+
+
+def _picture(described: dict[str, object]) -> Tensor:
+    name, height, width = described["name"], described["height"], described["width"]
+    return torch.from_numpy(formula.picture(str(name), int(str(height)), int(str(width))))
+
+
+def _patches(case: Case) -> Tensor:
+    described = case.inputs["patches"]
+    side = {"height": described["height"], "width": described["width"]}
+    return torch.stack(
+        [
+            torch.stack([_picture({"name": name, **side}) for name in names])
+            for names in described["names"]
+        ]
+    )
+
+
+def _draws(case: Case) -> PatchDraws | None:
+    """The reference's own draws; none in evaluation and where nothing is drawn."""
+    if case.config["mode"] != "train":
+        return None
+    num_queries, batch = case.config["num_queries"], len(case.inputs["images"])
+    keep = torch.ones(batch, num_queries, dtype=torch.bool)
+    if "keep" in case.inputs:
+        described = case.inputs["keep"]
+        drawn = formula.keep(described["name"], tuple(described["shape"]), described["ratio"])
+        assert np.array_equal(drawn, case.arrays["keep"] != 0), "the formula of keep has changed"
+        keep = torch.from_numpy(drawn[..., 0].T.copy())
+    elif case.config["mask_ratio"]:
+        raise NotSupportedError("a mask_ratio without the draws in inputs.keep")
+    order = torch.arange(num_queries)
+    if case.config["query_shuffle"]:
+        if "order" not in case.arrays:
+            raise NotSupportedError("query_shuffle without the permutation in the array order")
+        order = torch.from_numpy(case.arrays["order"])
+    return PatchDraws(keep, order)
+
+
+class _Watch:
+    """Takes down what enters the decoder and leaves the input projection."""
+
+    def __init__(self, detector: Detector) -> None:
+        self._detector = detector
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._queries: QueryGroup | None = None
+        self._projected: Tensor | None = None
+
+    def __enter__(self) -> "_Watch":
+        def take_queries(_: nn.Module, given: tuple[object, ...]) -> None:
+            groups = given[1]
+            assert isinstance(groups, tuple)
+            self._queries = groups[0]
+
+        def take_projected(_: nn.Module, given: object, said: Tensor) -> None:
+            self._projected = said
+
+        self._handles = [
+            self._detector.decoder.register_forward_pre_hook(take_queries),
+            self._detector.input_projection.register_forward_hook(take_projected),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def queries(self) -> QueryGroup:
+        assert self._queries is not None
+        return self._queries
+
+    @property
+    def projected(self) -> Tensor:
+        assert self._projected is not None
+        return self._projected

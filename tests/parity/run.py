@@ -1,0 +1,62 @@
+"""Which runner a case takes, and the report."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.parity.case import (
+    Case,
+    Finding,
+    NotSupportedError,
+    find_cases,
+    read_case,
+    worst_by_group,
+)
+from tests.parity.criterion import run_criterion, run_postprocess
+from tests.parity.detector import run_detector, run_patch_detector
+
+
+def run_all(folder: Path) -> bool:
+    """Run and print every case of a folder; True where all of them ran and kept their tolerances."""
+    verdicts = [_run_and_print(path) for path in find_cases(folder)]
+    passed = sum(verdicts)
+    print(f"{passed} of {len(verdicts)} cases pass")
+    return passed == len(verdicts)
+
+
+def run_case(case: Case) -> tuple[Finding, ...]:
+    """Every comparison of a case; NotSupportedError where the project lacks the model or an option
+    of it.
+    """
+    return tuple(_runner(case))
+
+
+def _runner(case: Case) -> Iterator[Finding]:
+    kind = case.model
+    if kind.startswith(("detr_", "updetr_finetune_")):
+        return run_detector(case)
+    if kind.startswith("updetr_pretrain_"):
+        return run_patch_detector(case)
+    if kind in ("criterion_detr", "criterion_updetr"):
+        return run_criterion(case)
+    if kind == "postprocess_detr":
+        return run_postprocess(case)
+    raise NotSupportedError(f"the model {kind}")
+
+
+def _run_and_print(path: Path) -> bool:
+    try:
+        findings = worst_by_group(run_case(read_case(path)))
+    except NotSupportedError as lacking:
+        print(f"{path.stem}: FAILED, not supported yet: {lacking}")
+        return False
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        print(f"{path.stem}: FAILED, could not be run: {type(error).__name__}: {error}")
+        return False
+    passed = not any(finding.misses for finding in findings)
+    print(f"{path.stem}: {'ok' if passed else 'FAILED'}")
+    for finding in findings:
+        mark = "MISS" if finding.misses else "    "
+        print(
+            f"  {mark} {finding.group:<16} {finding.error:9.2e} of {finding.tolerance:7.1e}  {finding.where}"
+        )
+    return passed
