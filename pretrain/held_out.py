@@ -1,8 +1,8 @@
 """Does it learn? Patch detection on held-out pictures, so that nobody need read it off a loss.
 
-What one picture says is a `PictureResult`; `summarise` makes of them the numbers of the journal:
+What one picture says is a `PictureResult`; `summarise` makes of them:
 
-- `ap`, `ap50`, `ap75`: class-agnostic COCO AP of the boxes of all queries against the patches' boxes.
+- `ap`, `ap50`, `ap75`: class-agnostic COCO AP of all queries' boxes against the patches' boxes.
 - `mean_iou`, `recall50`: each patch's answer is the box of the query of its own group with the
   highest score (as the public notebook reads it); its IoU with the patch's box, and the share
   above 0.5.

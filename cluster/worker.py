@@ -1,0 +1,109 @@
+"""One worker: what Ray says of it becomes plain numbers, and the stage runs.
+
+The same assembly runs without Ray (`run_alone`), in this process.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, assert_never
+
+import ray.train
+import ray.train.torch
+import torch
+from rich.console import Console
+
+from cluster.board import BoardDisplay
+from cluster.storage import RayCheckpoints
+from pretrain.recipe import PretrainRecipe
+from pretrain.run import Host, pretrain
+from training.checkpoint import CheckpointWriter
+from training.job import Checkpoints
+from training.progress import Display, open_display
+from training.recipe import load_recipe, recipe_digest
+from training.resources import Resources
+from training.run_folder import open_run_folder
+from training.snapshot import Position
+from training.stopping import StopFlag, stop_on_signals
+from training.uploads import Uploads
+from training.world import World
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def run_on_ray(config: Mapping[str, Any]) -> None:
+    """The function that Ray calls on every worker: `recipe` (YAML) and `board` (an actor)."""
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr, force=True)
+    recipe = load_recipe(PretrainRecipe, config["recipe"])
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    torch.set_num_threads(recipe.resources.cpus_per_worker)
+    display = BoardDisplay(config["board"], time.monotonic)
+    stop = display.stop_requested if world.is_first else _never
+    run_stage(recipe, world, stop, display.begin, RayCheckpoints)
+
+
+def run_alone(recipe: PretrainRecipe, console: Console) -> Position:
+    """The whole run in this process, without Ray; signals ask it to stop."""
+    torch.set_num_threads(recipe.resources.cpus_per_worker)
+    world = World.alone(device_of(recipe.resources))
+    flag = StopFlag()
+    with stop_on_signals(flag):
+        return run_stage(
+            recipe, world, flag, lambda start, total: open_display(console, start, total), _as_it_is
+        )
+
+
+def run_stage(
+    recipe: PretrainRecipe,
+    world: World,
+    stop: Callable[[], bool],
+    display: Callable[[int, int], AbstractContextManager[Display]],
+    announced: Callable[[CheckpointWriter, World], Checkpoints],
+) -> Position:
+    """The stage of the recipe, on this worker; `announced` wraps the writer of checkpoints."""
+    folder = open_run_folder(recipe.run)
+    uploads = Uploads()
+    writer = CheckpointWriter(folder, uploads, recipe.checkpoints, world, recipe_digest(recipe))
+    host = Host(
+        world=world,
+        folder=folder,
+        uploads=uploads,
+        checkpoints=announced(writer, world),
+        stop=stop,
+        display=display,
+    )
+    try:
+        return pretrain(recipe, host)
+    finally:
+        uploads.close()
+
+
+def device_of(resources: Resources) -> torch.device:
+    """The device of a worker that is alone on its machine.
+
+    Raises ValueError where a GPU is asked for and there is none.
+    """
+    match resources.device:
+        case "cpu":
+            return torch.device("cpu")
+        case "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError(
+                    "resources.device=cuda: this machine has no usable GPU; use cpu or auto"
+                )
+            return torch.device("cuda", 0)
+        case "auto":
+            return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        case _:
+            assert_never(resources.device)
+
+
+def _never() -> bool:
+    return False
+
+
+def _as_it_is(writer: CheckpointWriter, _: World) -> Checkpoints:
+    return writer

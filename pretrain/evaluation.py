@@ -1,0 +1,80 @@
+"""An evaluation of patch detection on held-out shards, shared out between the workers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data.batches import to_device
+from data.held_out import held_out_batches
+from data.loader import StreamSource
+from models.matching import match
+from models.patch_queries import PatchOutput
+from models.structures import PatchBatch
+from pretrain.held_out import PictureResult, picture_results, summarise
+from pretrain.objective import patch_losses
+from pretrain.recipe import PretrainRecipe
+from training.world import World, gather_objects
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one worker found on its share of the held-out pictures."""
+
+    results: tuple[PictureResult, ...]
+    loss_sums: Mapping[str, float]
+    """Each loss term times the pictures that it is a mean of."""
+
+
+@torch.no_grad()
+def evaluate_held_out(
+    model: nn.Module, recipe: PretrainRecipe, source: StreamSource, world: World
+) -> dict[str, float]:
+    """The numbers of `pretrain.held_out` and the loss terms; called on every worker.
+
+    Every picture is used once, with the same patches in every evaluation, without colour changes.
+    """
+    count = min(recipe.data.held_out_pictures, source.index.num_samples)
+    ids = range(world.rank, count, world.size)
+    batch_size = max(1, recipe.global_batch // world.size)
+    results: list[PictureResult] = []
+    sums: dict[str, float] = {}
+    for packed in held_out_batches(source, ids, batch_size, recipe.data.stream.reading):
+        if packed.blank:
+            continue
+        batch = to_device(packed, world.device)
+        found, losses = _evaluate_batch(model, recipe, batch)
+        results += found
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value * len(found)
+    shares = gather_objects(_Share(tuple(results), sums))
+    return _together(shares)
+
+
+def _evaluate_batch(
+    model: nn.Module, recipe: PretrainRecipe, batch: PatchBatch
+) -> tuple[list[PictureResult], dict[str, float]]:
+    device = batch.images.pixels.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=recipe.loop.precision == "bf16"):
+        output: PatchOutput = model(batch.images, batch.patches)
+    losses = patch_losses(recipe, output, batch)
+    last = output.detection.groups[0].layers[-1]
+    matching = match(last.logits[None], last.boxes[None], batch.targets, recipe.costs)
+    by_patch = matching.query[
+        torch.argsort(matching.picture * last.boxes.shape[1] + matching.target)
+    ]
+    matched = by_patch.view(len(batch.keys), -1).unbind()
+    terms = {"loss": losses.total, **losses.terms}
+    values = torch.stack([value.float() for value in terms.values()]).tolist()
+    return picture_results(last, batch.targets, matched), dict(zip(terms, values, strict=True))
+
+
+def _together(shares: tuple[_Share, ...]) -> dict[str, float]:
+    results = [result for share in shares for result in share.results]
+    names = dict.fromkeys(name for share in shares for name in share.loss_sums)
+    losses = {
+        name: sum(share.loss_sums.get(name, 0.0) for share in shares) / len(results)
+        for name in names
+    }
+    return {**summarise(results), **losses}

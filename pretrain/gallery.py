@@ -1,0 +1,95 @@
+"""Pictures of the pretext task: query patches, and what a run's newest weights find for them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from data.batches import PackedPatchBatch, to_device, views_of
+from data.held_out import held_out_batches
+from data.index import ShardIndex, read_index
+from data.loader import StreamSource
+from data.reading import ReadingSettings
+from models.boxes import cxcywh_to_xyxy
+from models.patch_queries import PatchDetector, PatchOutput
+from pretrain.drawing import Tile, draw_grid
+from pretrain.held_out import own_answers
+from pretrain.recipe import PretrainRecipe
+from pretrain.run import stream_source
+from pretrain.weights import blank_model, take_weights
+from training.recipe import load_recipe
+from training.record import read_recipe_values
+from training.run_folder import open_run_folder
+
+SHARDS_SEED = 0
+SHARDS_PATCHES = 10
+"""Seed and number of the patches drawn for shards that are looked at without a run."""
+
+
+def draw_patches(url: str, out: Path, count: int) -> None:
+    """Writes a PNG of `count` pictures of a run (its held-out ones, if any) or of shards.
+
+    For a run the boxes that its newest checkpoint finds are dashed. Raises ShardIndexError where
+    `url` is neither, CheckpointError where a run has no whole checkpoint.
+    """
+    values = read_recipe_values(open_run_folder(url))
+    if values is None:
+        source = _plain_source(read_index(url))
+        tiles = list(_tiles(source, count, None))
+    else:
+        recipe = load_recipe(PretrainRecipe, values)
+        source = _run_source(recipe)
+        model = blank_model(recipe).eval()
+        take_weights(model, url)
+        tiles = list(_tiles(source, count, model))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_grid(tiles).save(out)
+
+
+def _plain_source(index: ShardIndex) -> StreamSource:
+    return StreamSource(index=index, seed=SHARDS_SEED, global_batch=1, num_patches=SHARDS_PATCHES)
+
+
+def _run_source(recipe: PretrainRecipe) -> StreamSource:
+    index = read_index(recipe.data.held_out or recipe.data.shards)
+    return stream_source(recipe, index, torch.device("cpu"))
+
+
+def _tiles(source: StreamSource, count: int, model: PatchDetector | None) -> Iterator[Tile]:
+    ids = range(min(count, source.index.num_samples))
+    for packed in held_out_batches(source, ids, batch_size=4, reading=ReadingSettings()):
+        if not packed.blank:
+            yield from _batch_tiles(packed, model)
+
+
+def _batch_tiles(packed: PackedPatchBatch, model: PatchDetector | None) -> Iterator[Tile]:
+    views = views_of(packed)
+    found = None if model is None else _found(model, packed)
+    for row, key in enumerate(packed.keys):
+        height, width = views.sizes[row].tolist()
+        yield Tile(
+            title=key,
+            picture=views.pictures[row, :height, :width].numpy(),
+            patches=views.patches[row].numpy(),
+            boxes_xyxy=_in_pixels(views.boxes_cxcywh[row], height, width),
+            found_xyxy=None if found is None else _in_pixels(found[row], height, width),
+        )
+
+
+@torch.no_grad()
+def _found(model: PatchDetector, packed: PackedPatchBatch) -> Tensor:
+    """The answer of each patch's own query group, boxes_cxcywh."""
+    batch = to_device(packed, torch.device("cpu"))
+    output: PatchOutput = model(batch.images, batch.patches)
+    last = output.detection.groups[0].layers[-1]
+    scores = last.logits.softmax(-1)[..., :-1].amax(-1)
+    answers = own_answers(scores, batch.patches.shape[1])
+    return last.boxes.gather(1, answers[..., None].expand(-1, -1, 4))
+
+
+def _in_pixels(boxes_cxcywh: Tensor, height: int, width: int) -> Float[np.ndarray, "boxes 4"]:
+    scale = torch.tensor([width, height, width, height])
+    return (cxcywh_to_xyxy(boxes_cxcywh) * scale).double().numpy()

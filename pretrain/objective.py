@@ -1,0 +1,80 @@
+"""The pretraining objective: find the query patches, reconstruct their features (UP-DETR, 3.3)."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.losses import Reconstruction, set_losses
+from models.matching import UnmatchableError
+from models.patch_queries import PatchOutput, draw_patch_queries
+from models.structures import Losses, PatchBatch
+from pretrain.recipe import PretrainRecipe
+from training.world import World, all_reduce_sum
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PatchObjective:
+    """The losses of a batch; a value, so that the loop can call it with any model."""
+
+    recipe: PretrainRecipe
+    world: World
+
+    def __call__(self, model: nn.Module, batch: PatchBatch, generator: torch.Generator) -> Losses:
+        """The losses of one step; predictions that are not finite give a total of NaN.
+
+        The loop then leaves the step out on all workers alike, where an exception would end one of
+        them and leave the others waiting.
+        """
+        recipe = self.recipe
+        draws = draw_patch_queries(
+            recipe.queries, recipe.model.num_queries, len(batch.keys), generator
+        )
+        output: PatchOutput = model(batch.images, batch.patches, draws)
+        return self.losses(output, batch)
+
+    def losses(self, output: PatchOutput, batch: PatchBatch) -> Losses:
+        """The losses of what the model said, with divisors over all workers."""
+        try:
+            return patch_losses(self.recipe, output, batch, self.world.size, all_reduce_sum)
+        except UnmatchableError as error:
+            logger.warning("the step is left out: %s", error)
+            return _not_finite(output)
+
+
+def patch_losses(
+    recipe: PretrainRecipe,
+    output: PatchOutput,
+    batch: PatchBatch,
+    world_size: int = 1,
+    reduce_sum: Callable[[Tensor], Tensor] | None = None,
+) -> Losses:
+    """The losses of a batch; see `models.losses.set_losses`, whose errors pass through."""
+    (group,) = output.detection.groups
+    reconstruction = None
+    if output.reconstructions is not None:
+        reconstruction = Reconstruction(output.reconstructions, output.patch_features)
+    return set_losses(
+        group,
+        batch.targets,
+        recipe.losses,
+        recipe.costs,
+        reconstruction=reconstruction,
+        reduce_sum=reduce_sum,
+        world_size=world_size,
+        blank=batch.blank,
+    )
+
+
+def _not_finite(output: PatchOutput) -> Losses:
+    """A total of NaN that reaches every parameter, and this worker's part in the workers' sum."""
+    (group,) = output.detection.groups
+    said = [tensor for layer in group.layers for tensor in (layer.logits, layer.boxes)]
+    if output.reconstructions is not None:
+        said.append(output.reconstructions)
+    all_reduce_sum(said[0].new_zeros(len(group.layers) + 1, dtype=torch.float32))
+    return Losses(torch.stack([tensor.float().sum() for tensor in said]).sum() * torch.nan)
