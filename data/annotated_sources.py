@@ -111,12 +111,12 @@ def _coco_boxes(
 ) -> BoxAnnotation:
     return BoxAnnotation(
         image_id=image["id"],
-        width=image["width"],
-        height=image["height"],
-        boxes_xyxy=tuple(_corners(*entry["bbox"]) for entry in entries),
+        width=int(image["width"]),
+        height=int(image["height"]),
+        boxes_xyxy=tuple(_corners(*map(float, entry["bbox"])) for entry in entries),
         names=tuple(classes[entry["category_id"]] for entry in entries),
         labels=tuple(entry["category_id"] for entry in entries),
-        areas=tuple(entry["area"] for entry in entries),
+        areas=tuple(float(entry["area"]) for entry in entries),
         crowd=tuple(bool(entry.get("iscrowd", 0)) for entry in entries),
         difficult=(False,) * len(entries),
     )

@@ -43,7 +43,7 @@ def parse_annotation(data: bytes) -> BoxAnnotation:
             image_id=fields["image_id"],
             width=fields["width"],
             height=fields["height"],
-            boxes_xyxy=tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in fields["boxes_xyxy"]),
+            boxes_xyxy=tuple(_box(*box) for box in fields["boxes_xyxy"]),
             names=tuple(fields["names"]),
             labels=None if fields["labels"] is None else tuple(fields["labels"]),
             areas=None if fields["areas"] is None else tuple(fields["areas"]),
@@ -55,3 +55,8 @@ def parse_annotation(data: bytes) -> BoxAnnotation:
             f"the json of a sample holds no boxes ({type(error).__name__}: {error}): write the "
             "shards from a COCO json or a VOC root"
         ) from error
+
+
+def _box(*sides: float | int) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = map(float, sides)
+    return x0, y0, x1, y1

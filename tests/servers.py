@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import pytest
 
 _KEY, _SECRET = "KEY", "SECRET1234"
@@ -26,7 +27,15 @@ class S3Store:
     storage_options: dict[str, object]
     """For fsspec (s3fs)."""
     folder: Path
-    """Where the bucket's objects lie on this machine, to damage them."""
+    """Where the objects lie on this machine, to be looked at; rclone would not notice changes."""
+
+    def upload(self, local: Path, name: str = "") -> None:
+        """Put all files below a local folder into the folder `name`, through the server."""
+        filesystem = fsspec.filesystem("s3", **self.storage_options)
+        target = "/".join(filter(None, (self.url.removeprefix("s3://"), name)))
+        for path in sorted(local.rglob("*")):
+            if path.is_file():
+                filesystem.put_file(str(path), f"{target}/{path.relative_to(local).as_posix()}")
 
 
 @pytest.fixture(scope="session")
