@@ -38,7 +38,7 @@ def stream_samples(
     first_step: int,
     reader: RangeReader,
     reading: ReadingSettings,
-) -> Generator[tuple[Sample, ...]]:
+) -> Generator[tuple[Sample, ...], None, None]:
     """For every step from `first_step` on, the samples of `streams` in that global batch.
 
     Endless. A step counts batches since the beginning of epoch 0. Raises ShardReadError or

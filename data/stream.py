@@ -13,10 +13,12 @@ one packed buffer per step; the rank joins them.
 
 import logging
 import multiprocessing
+import os
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from threading import Thread
 
 import cv2
 import torch
@@ -76,7 +78,7 @@ class PatchStream:
         self._broken: deque[SkippedPicture | None] = deque(maxlen=_BROKEN_WINDOW)
         self._named: set[int] = set()
 
-    def from_step(self, step: int) -> Iterator[PackedPatchBatch]:
+    def from_step(self, step: int) -> Generator[PackedPatchBatch, None, None]:
         """This rank's part of every global batch from number `step` on, without end.
 
         Step `epoch * batches_per_epoch + k` is batch k of that epoch; an epoch's end is a step like
@@ -87,14 +89,33 @@ class PatchStream:
         if step < 0:
             raise ValueError(f"step={step} is before the beginning; use 0 or more")
         processes = min(self._settings.processes, len(self._streams))
-        parts = LoaderParts(self._source, self._settings, self._streams, step)
-        iterator = _started(parts, processes, self._settings.parts_ahead)
+        parts = self._start(step, processes)
         try:
             while True:
-                received = [_received(iterator) for _ in range(max(1, processes))]
-                yield self._joined(received)
+                yield self._joined([_received(parts) for _ in range(max(1, processes))])
         finally:
-            _stop(iterator)
+            _stop(parts)
+
+    def _start(self, step: int, processes: int) -> Iterator[LoaderPart | LoaderFailure]:
+        """The parts of all loader processes in turn: of the first, the second, ..., the first."""
+        parts = LoaderParts(self._source, self._settings, self._streams, step)
+        if processes == 0:
+            return iter(parts)
+        context = multiprocessing.get_context("forkserver")
+        # What every loader process needs is imported once, in the server, and shared by them.
+        context.set_forkserver_preload(["torch", "webdataset.tariterators", "data.loader"])
+        with warnings.catch_warnings():
+            # It counts the cores for one rank; how many processes there are is the recipe's to say.
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            loader: DataLoader[LoaderPart | LoaderFailure] = DataLoader(
+                parts,
+                batch_size=None,
+                num_workers=processes,
+                prefetch_factor=self._settings.parts_ahead,
+                multiprocessing_context=context,
+                worker_init_fn=_begin_loader_process,
+            )
+            return iter(loader)
 
     def _joined(self, received: Sequence["LoaderPart"]) -> PackedPatchBatch:
         batch = join([part.packed for part in received], self._pin)
@@ -125,32 +146,23 @@ class PatchStream:
             )
 
 
-def _started(
-    parts: LoaderParts, processes: int, parts_ahead: int
-) -> Iterator[LoaderPart | LoaderFailure]:
-    if processes == 0:
-        return iter(parts)
-    context = multiprocessing.get_context("forkserver")
-    # What every loader process needs is imported once, in the server, and shared by all of them.
-    context.set_forkserver_preload(["torch", "webdataset.tariterators", "data.loader"])
-    with warnings.catch_warnings():
-        # It counts the cores of one rank; how many processes there are is the recipe's to say.
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        loader: DataLoader[LoaderPart | LoaderFailure] = DataLoader(
-            parts,
-            batch_size=None,
-            num_workers=processes,
-            prefetch_factor=parts_ahead,
-            multiprocessing_context=context,
-            worker_init_fn=_use_one_thread,
-        )
-        return iter(loader)
-
-
-def _use_one_thread(_worker: int) -> None:
+def _begin_loader_process(_worker: int) -> None:
     """Loader processes are the parallelism; libraries' own threads would only fight over cores."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    Thread(target=_end_with_training, name="end-with-training", daemon=True).start()
+
+
+def _end_with_training() -> None:
+    """Ends this process when the training process is gone, however it went.
+
+    DataLoader watches the parent of its processes, which here is the fork server; and that lives as
+    long as one of them does. So after a SIGKILL of the training process all would stay (seen).
+    """
+    training = multiprocessing.parent_process()
+    assert training is not None
+    training.join()
+    os._exit(1)
 
 
 def _received(iterator: Iterator[LoaderPart | LoaderFailure]) -> LoaderPart:

@@ -4,12 +4,14 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from data.index import Shard, ShardIndex
+from data.storage import StorageOptions, open_folder
 
 
 def jpeg(width: int, height: int, seed: int) -> bytes:
@@ -21,12 +23,12 @@ def jpeg(width: int, height: int, seed: int) -> bytes:
 
 
 def write_shard(path: Path, pictures: Sequence[tuple[str, bytes, int, int]]) -> Shard:
-    """A tar of (key, picture, width, height), each picture with a small json part."""
+    """A tar of (file name, picture, width, height), each picture with a small json part."""
     offsets = []
     with tarfile.open(path, "w") as tar:
-        for key, picture, _, _ in pictures:
+        for file, picture, _, _ in pictures:
             offsets.append(tar.offset)
-            for name, data in ((f"{key}.jpg", picture), (f"{key}.json", b"{}")):
+            for name, data in ((file, picture), (f"{file.partition('.')[0]}.json", b"{}")):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -55,6 +57,15 @@ def write_shards(folder: Path, counts: Sequence[int], broken: Sequence[int] = ()
     return ShardIndex(str(folder), tuple(shards))
 
 
+def upload(index: ShardIndex, url: str, storage_options: StorageOptions) -> ShardIndex:
+    """The shards of a local index at another place."""
+    folder = open_folder(url, storage_options)
+    for shard in index.shards:
+        data = (Path(index.url) / shard.name).read_bytes()
+        folder.filesystem.pipe_file(folder.at(shard.name), data)
+    return replace(index, url=url)
+
+
 def plain_index(counts: Sequence[int], seed: int = 0, url: str = "memory://none") -> ShardIndex:
     """An index without files: random sizes, every sample of 1024 bytes."""
     generator = np.random.default_rng(seed)
@@ -76,4 +87,4 @@ def _picture(id: int, is_broken: bool) -> tuple[str, bytes, int, int]:
     generator = np.random.default_rng(id)
     width, height = (int(side) for side in generator.integers(24, 60, 2))
     data = b"no picture" if is_broken else jpeg(width, height, id)
-    return f"picture{id:05}", data, width, height
+    return f"picture{id:05}.jpg", data, width, height

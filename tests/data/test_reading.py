@@ -19,7 +19,7 @@ from data.reading import (
 from data.samples import DamagedShardError, picture_bytes
 from data.storage import StorageOptions
 from tests.data.faulty import FaultyFileSystem, cut_off, faulty, forbidden, timed_out
-from tests.data.tars import plain_index, write_shards
+from tests.data.tars import plain_index, upload, write_shards
 from tests.servers import S3Store
 
 __all__ = ["faulty"]
@@ -249,8 +249,8 @@ def test_a_cache_that_cannot_be_written_is_counted_and_reading_goes_on(tmp_path:
     assert reader.take_counters().cache_faults == 2
 
 
-def test_shards_are_read_from_s3(s3_store: S3Store) -> None:
-    index = write_shards(s3_store.folder, (3, 4))
+def test_shards_are_read_from_s3(tmp_path: Path, s3_store: S3Store) -> None:
+    index = upload(write_shards(tmp_path, (3, 4)), s3_store.url, s3_store.storage_options)
     reader = RangeReader(s3_store.url, s3_store.storage_options, ReadingSettings(attempts=2))
     samples = reader.samples(sample_ranges(index, [4, 5, 6], 16)[0])
     assert [sample.id for sample in samples] == [4, 5, 6]
