@@ -139,7 +139,7 @@ class RunFolder:
 
     @contextmanager
     def spool(self) -> Iterator[Path]:
-        """A fresh local folder to prepare files in, on a local run's own disk; removed afterwards."""
+        """A fresh local folder to prepare files in, on the disk of a local run; gone afterwards."""
         parent = Path(self.root) / SPOOL if self.is_local else None
         if parent:
             parent.mkdir(parents=True, exist_ok=True)

@@ -156,8 +156,8 @@ def read_files(model: Path, state: Path, name: str) -> Snapshot:
         pickle.UnpicklingError,
         safetensors.SafetensorError,
     ) as error:
-        first_line = str(error).partition("\n")[0]
-        raise CheckpointError(f"{name} is not a checkpoint of ours: {first_line}") from error
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise CheckpointError(f"{name} is not a checkpoint of ours: {reason}") from error
 
 
 def _copied(value: object) -> object:

@@ -6,7 +6,6 @@ too.
 """
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +28,6 @@ class Uploads:
         self._loud_after = loud_after
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="uploads")
         self._pending: deque[Future[None]] = deque()
-        self._lock = threading.Lock()
 
     def submit(self, what: str, action: Callable[[], None]) -> None:
         """Queues `action`; returns at once unless too many are waiting already."""
@@ -39,15 +37,15 @@ class Uploads:
             logger.warning(
                 "%d uploads are waiting: the run waits for the store", len(self._pending)
             )
-            self._pending.popleft().exception()
-        future = self._thread.submit(action)
-        future.add_done_callback(lambda done: self._count(what, done))
-        self._pending.append(future)
+            self._pending.popleft().result()
+        done = self._thread.submit(action)
+        # Counted by the same thread right after: a callback might run later than a flush.
+        self._pending.append(self._thread.submit(self._count, what, done))
 
     def flush(self) -> None:
         """Returns when everything queued so far has succeeded or failed."""
         while self._pending:
-            self._pending.popleft().exception()
+            self._pending.popleft().result()
 
     def close(self) -> None:
         """Flushes and ends the thread."""
@@ -56,11 +54,11 @@ class Uploads:
 
     def _count(self, what: str, done: "Future[None]") -> None:
         error = done.exception()
-        with self._lock:
-            self.failures_in_a_row = self.failures_in_a_row + 1 if error else 0
-            self.failures += error is not None
         if error is None:
+            self.failures_in_a_row = 0
             return
+        self.failures_in_a_row += 1
+        self.failures += 1
         is_loud = self.failures_in_a_row >= self._loud_after
         logger.log(
             logging.ERROR if is_loud else logging.WARNING,

@@ -1,0 +1,66 @@
+"""A store in memory that fails as real ones do, at chosen moments."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fsspec.implementations.memory import MemoryFileSystem
+
+from training.run_folder import Patience, RunFolder
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may run after it."""
+
+
+@dataclass
+class Moods:
+    """What the store does next."""
+
+    fail_puts: int = 0
+    """Puts that raise before anything is stored."""
+    cut_puts: int = 0
+    """Puts that store half a file and tell nobody."""
+    error: Exception = field(default_factory=lambda: OSError("503 slow down"))
+    kill_at: int | None = None
+    """Number of the write or delete, 0 first, before which the process is killed."""
+    writes: int = 0
+    """Writes and deletes so far."""
+    before_put: Callable[[], None] = lambda: None
+
+
+class StumblingFileSystem(MemoryFileSystem):
+    protocol = "stumbling"
+    cachable = False
+
+    def __init__(self, moods: Moods) -> None:
+        super().__init__()
+        self.moods = moods
+        self.store = {}
+        self.pseudo_dirs = [""]
+
+    def put_file(self, lpath: str, rpath: str, **kwargs: object) -> None:
+        self._count()
+        self.moods.before_put()
+        if self.moods.fail_puts:
+            self.moods.fail_puts -= 1
+            raise self.moods.error
+        super().put_file(lpath, rpath, **kwargs)
+        if self.moods.cut_puts:
+            self.moods.cut_puts -= 1
+            data = self.cat_file(rpath)
+            self.pipe_file(rpath, data[: len(data) // 2])
+
+    def rm_file(self, path: str) -> None:
+        if self.exists(path):
+            self._count()
+        super().rm_file(path)
+
+    def _count(self) -> None:
+        if self.moods.kill_at == self.moods.writes:
+            raise Killed
+        self.moods.writes += 1
+
+
+def stumbling_folder(moods: Moods) -> RunFolder:
+    patience = Patience(attempts=3, backoff_s=0.0)
+    return RunFolder("stumbling://run", "/run", StumblingFileSystem(moods), patience)
