@@ -242,14 +242,15 @@ def _transient_errors(url: str) -> tuple[type[Exception], ...]:
     match url.partition("://")[0]:
         case "s3" | "s3a":
             from aiohttp import ClientError
-            from botocore.exceptions import HTTPClientError, IncompleteReadError
+            from botocore.exceptions import BotoCoreError
 
-            return (OSError, ClientError, HTTPClientError, IncompleteReadError)
+            return (OSError, ClientError, BotoCoreError)
         case "gs" | "gcs":
             from aiohttp import ClientError
             from gcsfs.retry import ChecksumError, HttpError
+            from google.auth.exceptions import GoogleAuthError
 
-            return (OSError, ClientError, ChecksumError, HttpError)
+            return (OSError, ClientError, ChecksumError, HttpError, GoogleAuthError)
         case "http" | "https":
             from aiohttp import ClientError
 
