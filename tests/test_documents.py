@@ -16,6 +16,7 @@ PROJECT = Path(__file__).parents[1]
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted(PROJECT.glob("docs/*.md"))]
 PACKAGES = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
 SECTIONS = "|".join(PretrainRecipe.model_fields)
+FILES = (".json", ".md", ".py", ".safetensors", ".yaml")
 UNKNOWN = "\0"
 """Stands in an error text for what is filled in when it is raised."""
 
@@ -30,7 +31,7 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
 def test_every_recipe_key_that_is_named_exists(document: Path) -> None:
     code = " ".join(re.findall(r"```.*?```|`[^`]+`", document.read_text(), re.DOTALL))
     keys = re.findall(rf"(?<![\w./])((?:{SECTIONS})(?:\.[a-z]\w*)+)(?![\w/])", code)
-    keys = [key for key in keys if not key.endswith((".md", ".py", ".yaml", ".safetensors"))]
+    keys = [key for key in keys if not key.endswith(FILES)]
     assert [key for key in keys if not _is_key(PretrainRecipe, key.split("."))] == []
 
 
