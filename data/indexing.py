@@ -18,9 +18,15 @@ import numpy as np
 from PIL import Image
 
 from data.index import Shard, ShardIndex, ShardIndexError, sorted_shards
-from data.samples import DamagedShardError
 from data.storage import Folder, StorageOptions, file_sizes, local_copy, open_folder
-from data.tar_layout import TarLayout, TarSample, merged_by_dots, picture_part, read_layout
+from data.tar_layout import (
+    DamagedTarError,
+    TarLayout,
+    TarSample,
+    merged_by_dots,
+    picture_part,
+    read_layout,
+)
 
 
 def index_shards(
@@ -33,7 +39,7 @@ def index_shards(
 
     `workers` threads (default: CPUs + 4, at most 32) each hold one tar, as a local copy where it is
     elsewhere. `progress` hears (tars done, of how many) in the caller's thread.
-    Raises ShardIndexError where no tar is there, DamagedShardError for a tar that is cut off,
+    Raises ShardIndexError where no tar is there, DamagedTarError for a tar that is cut off,
     compressed, none, or that holds a key twice.
     """
     folder = open_folder(url, storage_options)
@@ -60,10 +66,10 @@ def index_shard(folder: Folder, name: str) -> Shard:
         _refuse_merged(layout, place)
         repeated = repeated_keys(layout)
         if repeated:
-            raise DamagedShardError(
-                f"shard {place} holds the key {repeated[0]!r} twice ({len(repeated)} such keys): "
-                "its samples cannot be told apart; write it again with `querypatch shards write "
-                f"{place} DST`, which makes keys unique"
+            raise DamagedTarError(
+                place,
+                f"holds the key {repeated[0]!r} twice ({len(repeated)} such keys)",
+                f"write it again with `querypatch shards write {place} DST`: keys become unique",
             )
         sizes = [_picture_size(file, sample) for sample in layout.samples]
         return Shard(
@@ -92,10 +98,11 @@ def _refuse_merged(layout: TarLayout, place: str) -> None:
     for sample in layout.samples:
         names = merged_by_dots(sample)
         if names is not None:
-            raise DamagedShardError(
-                f"shard {place}: WebDataset takes {names[0]} and {names[1]} for one sample "
-                "(a key ends at its first dot); write it again with `querypatch shards write "
-                f"{place} DST`, which makes keys without dots"
+            raise DamagedTarError(
+                place,
+                f"holds {names[0]} and {names[1]}, one sample for WebDataset (a key ends at its "
+                "first dot)",
+                f"write it again with `querypatch shards write {place} DST`: keys lose their dots",
             )
 
 

@@ -15,9 +15,8 @@ import numpy as np
 from data.index import Shard, ShardIndex, read_index
 from data.indexing import repeated_keys, sha256_of
 from data.pictures import BrokenPicture, decode_picture
-from data.samples import DamagedShardError
 from data.storage import Folder, StorageOptions, file_sizes, local_copy, open_folder
-from data.tar_layout import TarLayout, picture_part, read_layout
+from data.tar_layout import DamagedTarError, TarLayout, picture_part, read_layout
 
 _PUT_BACK = "copy the shard again from its source, or write the shards again"
 _INDEX = "if it is as it should be, run `querypatch shards index`"
@@ -76,8 +75,8 @@ def _check_shard(
         faults = list(_content_faults(path, shard))
         try:
             layout = read_layout(path, shard.name)
-        except DamagedShardError as error:
-            return [*faults, Fault(shard.name, None, str(error), _PUT_BACK)], ()
+        except DamagedTarError as error:
+            return [*faults, Fault(shard.name, None, error.problem, error.remedy)], ()
         faults += _layout_faults(layout, shard)
         faults += _picture_faults(path, layout, shard)
     return faults, tuple(sample.key for sample in layout.samples)

@@ -82,11 +82,12 @@ def write_shards(
     Interrupted, the same call continues; finished, it returns at once. `workers` threads (default:
     CPUs + 4, at most 32) each hold one unfinished shard on a local disk (DST's own, or TMPDIR).
     `progress` is called in the caller's thread, about twice a second.
-    Raises ShardWriteError where too many pictures are bad (the report names them all), or where
-    `url` holds other shards; the first failure of the storage passes through.
+    Raises ShardWriteError where too many pictures are bad (the report names them), where `url`
+    holds other shards or lies in the source; the first failure of the storage passes through.
     """
     settings = settings or ShardSettings()
     folder = open_folder(url, storage_options)
+    _refuse_own_tree(source, folder)
     plan = _plan(source, settings)
     report = finished_report(folder, plan.digest)
     if report is not None:
@@ -105,6 +106,16 @@ def write_shards(
     write_index(ShardIndex(folder.url, shards), storage_options)
     remove_records(folder)
     return report
+
+
+def _refuse_own_tree(source: Source, folder: Folder) -> None:
+    """Shards among the pictures would be listed as bad files the next time."""
+    is_tree = source.kind in ("classes", "folder")
+    same = type(source.folder.filesystem) is type(folder.filesystem)
+    if is_tree and same and f"{folder.path}/".startswith(f"{source.folder.path}/"):
+        raise ShardWriteError(
+            f"{folder.url} lies in the source {source.folder.url}: choose a folder beside it"
+        )
 
 
 class _TooManyBadError(Exception):

@@ -2,7 +2,7 @@
 
 Listing is pure in what is there: a defined order (of the paths, or of the list), a unique key for
 each picture, and what is left out with the reason. No picture is opened, and no file of a tree is
-asked for its size. 0.5 s for 100,000 pictures on a local disk (measured).
+asked for its size. 100,000 pictures on a local disk take 1.1 s CPU (measured).
 """
 
 import json

@@ -17,9 +17,19 @@ from webdataset.tariterators import base_plus_ext
 from data.samples import PICTURE_EXTENSIONS, DamagedShardError
 
 _BLOCK = 512
+_COPY = "copy it again from its source"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 # webdataset.tariterators.tar_file_iterator leaves these names out: its own metadata.
 _META = re.compile(r"__[^/]*__($|/)")
+
+
+class DamagedTarError(DamagedShardError):
+    """A tar that cannot be read, or not as its maker meant it."""
+
+    def __init__(self, shard: str, problem: str, remedy: str) -> None:
+        super().__init__(f"shard {shard} {problem}; {remedy}")
+        self.problem = problem
+        self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +70,7 @@ class TarLayout:
 def read_layout(path: Path, shard: str) -> TarLayout:
     """The layout of a local tar; `shard` is its name in messages.
 
-    Raises DamagedShardError: cut off, compressed, no tar, or a damaged header.
+    Raises DamagedTarError: cut off, compressed, no tar, or a damaged header.
     """
     with path.open("rb") as file:
         _refuse_compressed(file.read(2), shard)
@@ -69,9 +79,7 @@ def read_layout(path: Path, shard: str) -> TarLayout:
             samples = tuple(_grouped(tar))
             end = tar.offset
     except (tarfile.TarError, ValueError, EOFError) as error:
-        raise DamagedShardError(
-            f"shard {shard} is cut off or no tar ({error}): copy it again from its source"
-        ) from error
+        raise DamagedTarError(shard, f"is cut off or no tar ({error})", _COPY) from error
     _check_end(path, end, shard)
     return TarLayout(samples, end)
 
@@ -127,24 +135,21 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[TarSample]:
 
 def _refuse_compressed(magic: bytes, shard: str) -> None:
     if magic in _COMPRESSED:
-        raise DamagedShardError(
-            f"shard {shard} is compressed ({_COMPRESSED[magic]}), so no sample can be found in it; "
-            "unpack it to a plain tar (pictures do not get smaller by compression)"
+        raise DamagedTarError(
+            shard,
+            f"is compressed ({_COMPRESSED[magic]}), so no sample can be found in it",
+            "unpack it to a plain tar (pictures do not get smaller by compression)",
         )
 
 
 def _check_end(path: Path, end: int, shard: str) -> None:
     size = path.stat().st_size
     if size < end + _BLOCK:
-        raise DamagedShardError(
-            f"shard {shard} is cut off at byte {size}: the end mark of a tar is missing; "
-            "copy it again from its source"
-        )
+        problem = f"is cut off at byte {size}: the end mark of a tar is missing"
+        raise DamagedTarError(shard, problem, _COPY)
     with path.open("rb") as file:
         file.seek(end)
         while chunk := file.read(1 << 20):
             if chunk.strip(b"\0"):
-                raise DamagedShardError(
-                    f"shard {shard} has a damaged header at byte {end} of {size}; "
-                    "copy it again from its source"
-                )
+                problem = f"has a damaged header at byte {end} of {size}"
+                raise DamagedTarError(shard, problem, _COPY)

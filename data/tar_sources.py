@@ -16,7 +16,7 @@ def list_tars(place: Folder) -> Source:
     """Every sample with a picture, of one tar, of a folder's tars, or of a glob (`*`) of tars.
 
     Pictures that WebDataset would take for one sample, because of dots in their names
-    (`a.v1.jpg`, `a.v2.jpg`), become samples of their own. DamagedShardError where a tar is.
+    (`a.v1.jpg`, `a.v2.jpg`), become samples of their own. DamagedTarError where a tar is.
     """
     folder, names = _tars(place)
     found, left_out = list[tuple[str, TarSample]](), list[LeftOut]()

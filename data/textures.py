@@ -16,6 +16,7 @@ TEXTURES: tuple[Texture, ...] = get_args(Texture)
 
 _WAVELENGTHS = (7.0, 26.0)
 _CELL_SIZES = (9.0, 24.0)
+_LARGE_CELL = 10
 
 
 def painted(
@@ -23,8 +24,9 @@ def painted(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """A texture in three random colours, RGB."""
     values = _values(texture, height, width, generator)
-    levels = cv2.convertScaleAbs(np.clip(values, 0, 1), alpha=255)
-    picture: np.ndarray = np.take(_palette(generator), levels, axis=0)
+    # Saturates: what is below 0 or above 255 becomes 0 or 255.
+    levels = cv2.addWeighted(values, 255, values, 0, 0, dtype=cv2.CV_8U)
+    picture: np.ndarray = cv2.LUT(cv2.merge([levels] * 3), _palette(generator)[None])
     return picture
 
 
@@ -62,8 +64,10 @@ def smooth_field(
     """Smooth noise between about -1 and 1, with `cells` random values along the longer side."""
     step = max(height, width) / cells
     grid = (math.ceil(height / step) + 1, math.ceil(width / step) + 1)
-    values = generator.uniform(-1, 1, grid).astype(np.float32)
-    field: np.ndarray = cv2.resize(values, (width, height), interpolation=cv2.INTER_CUBIC)
+    values = generator.random(grid, dtype=np.float32) * 2 - 1
+    # Small cells look the same with the cheaper interpolation.
+    way = cv2.INTER_CUBIC if step > _LARGE_CELL else cv2.INTER_LINEAR
+    field: np.ndarray = cv2.resize(values, (width, height), interpolation=way)
     return field
 
 
@@ -76,7 +80,7 @@ def _values(
     fine = smooth_field(height, width, max(height, width) / generator.uniform(3, 8), generator)
     match texture:
         case "clouds":
-            medium = smooth_field(height, width, 14, generator)
+            medium = smooth_field(height, width, 14.0, generator)
             values = 0.5 + 0.35 * coarse + 0.25 * medium + 0.15 * fine
         case "stripes":
             along, _ = _phases(height, width, generator)
@@ -146,7 +150,7 @@ def _fibres(
     upright = generator.random() < 0.5
     rows = math.ceil(height / (stretch if upright else 2)) + 1
     columns = math.ceil(width / (2 if upright else stretch)) + 1
-    noise = generator.uniform(-1, 1, (rows, columns)).astype(np.float32)
+    noise = generator.random((rows, columns), dtype=np.float32) * 2 - 1
     drawn: np.ndarray = cv2.resize(noise, (width, height), interpolation=cv2.INTER_LINEAR)
     return drawn
 

@@ -184,7 +184,7 @@ def test_no_tars_is_an_error_that_says_where_it_looked(tmp_path: Path) -> None:
 def test_a_tar_cut_anywhere_is_an_error(tmp_path: Path, kept: int) -> None:
     data = write_tar(tmp_path / "a.tar", {f"{n}.jpg": b"x" * 500 for n in range(3)}).read_bytes()
     (tmp_path / "a.tar").write_bytes(data[:kept])
-    with pytest.raises(DamagedShardError, match=r"a\.tar is cut off.* copy it again") as error:
+    with pytest.raises(DamagedShardError, match=r"a\.tar is cut off.*; copy it again") as error:
         index_shards(str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -216,7 +216,7 @@ def test_a_key_that_comes_twice_is_an_error(tmp_path: Path, names: list[str]) ->
 
 def test_pictures_that_dots_merge_are_an_error_that_names_them(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"n01.v1.jpg": jpeg(1), "n01.v2.jpg": jpeg(2)})
-    with pytest.raises(DamagedShardError, match=r"takes n01.v1.jpg and n01.v2.jpg for one sample"):
+    with pytest.raises(DamagedShardError, match=r"holds n01.v1.jpg and n01.v2.jpg, one sample"):
         index_shards(str(tmp_path))
 
 

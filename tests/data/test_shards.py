@@ -215,6 +215,13 @@ def test_finished_shards_are_not_written_again_and_others_not_overwritten(tmp_pa
         write_shards(source, str(tmp_path / "foreign"), SMALL)
 
 
+def test_shards_are_not_written_among_their_own_pictures(tmp_path: Path) -> None:
+    source = _tree(tmp_path / "tree")
+    with pytest.raises(ShardWriteError, match=r"lies in the source .*: choose a folder beside it"):
+        write_shards(source, str(tmp_path / "tree" / "shards"), SMALL)
+    assert write_shards(source, str(tmp_path / "tree-shards"), SMALL).num_samples == 15
+
+
 def test_progress_counts_every_picture(tmp_path: Path) -> None:
     heard = list[WriteProgress]()
     source = _tree(tmp_path / "tree")
