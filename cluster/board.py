@@ -40,6 +40,7 @@ class Board:
     def __init__(self) -> None:
         self._message: Message | None = None
         self._stop = False
+        self._failure: str | None = None
 
     def pin(self, message: Message) -> bool:
         """Pin up a message; what nobody took yet stays. True if the run is asked to stop."""
@@ -53,6 +54,14 @@ class Board:
         """What was pinned up since the last call."""
         message, self._message = self._message, None
         return message
+
+    def fail(self, reason: str) -> None:
+        """Say that starting again would fail in the same way; the first reason counts."""
+        self._failure = self._failure or reason
+
+    def failure(self) -> str | None:
+        """Why starting again would not help, if so."""
+        return self._failure
 
     def request_stop(self) -> None:
         """Ask the run to write a checkpoint and end."""

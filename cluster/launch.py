@@ -127,7 +127,10 @@ def _watch(fit: _Fit, board: Any, flag: StopFlag, console: Console) -> None:
                 asked = True
                 board.request_stop.remote()
                 console.print("stopping: the workers write a checkpoint first", highlight=False)
-            message = _taken(board)
+            failure = _asked(board.failure)
+            if failure is not None:
+                raise JobFailed(failure)
+            message = _asked(board.take)
             if message is None:
                 continue
             if display is None:
@@ -138,14 +141,13 @@ def _watch(fit: _Fit, board: Any, flag: StopFlag, console: Console) -> None:
         raise JobFailed(_reason(fit.error)) from fit.error
 
 
-def _taken(board: Any) -> Message | None:
-    """What the first worker pinned up since the last look; nothing while the board is away."""
+def _asked(method: Any) -> Any:
+    """The board's answer; None while it is away."""
     try:
-        message: Message | None = ray.get(board.take.remote(), timeout=10)
+        return ray.get(method.remote(), timeout=10)
     except (RayActorError, GetTimeoutError) as error:
         logger.warning("the progress board does not answer, the run goes on: %s", error)
         return None
-    return message
 
 
 def _show(display: Bar | PlainLines, message: Message) -> None:

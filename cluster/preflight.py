@@ -13,7 +13,7 @@ import fsspec
 from data.index import index_digest, read_index
 from data.order import batches_per_epoch
 from models.interop.backbones import RANDOM_WEIGHTS
-from pretrain.recipe import FREE_KEYS, PretrainRecipe
+from pretrain.recipe import FREE_KEYS, PretrainRecipe, with_absolute_paths
 from training.recipe import load_recipe
 from training.record import check_same_recipe, read_recipe_values
 from training.run_folder import RunFolder, open_run_folder
@@ -50,7 +50,7 @@ def resumed_recipe(url: str, overrides: Sequence[str]) -> PretrainRecipe:
             f"{folder.url} holds no run (no recipe.yaml); start one with "
             f"`querypatch pretrain RECIPE run={url}`"
         )
-    recipe = load_recipe(PretrainRecipe, values, [*overrides, f"run={url}"])
+    recipe = with_absolute_paths(load_recipe(PretrainRecipe, values, [*overrides, f"run={url}"]))
     check_same_recipe(folder, recipe, may_differ=FREE_KEYS)
     _check_same_data(folder, check_inputs(recipe))
     return recipe

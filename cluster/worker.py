@@ -30,19 +30,28 @@ from training.stopping import StopFlag, stop_on_signals
 from training.uploads import Uploads
 from training.world import World
 
+PERMANENT = (ValueError, ArithmeticError)
+"""Errors that say what is wrong with the input: a new start would meet them again."""
+
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def run_on_ray(config: Mapping[str, Any]) -> None:
     """The function that Ray calls on every worker: `recipe` (YAML) and `board` (an actor)."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr, force=True)
+    logging.getLogger("ray").setLevel(logging.WARNING)
     recipe = load_recipe(PretrainRecipe, config["recipe"])
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     torch.set_num_threads(recipe.resources.cpus_per_worker)
     display = BoardDisplay(config["board"], time.monotonic)
     stop = display.stop_requested if world.is_first else _never
-    run_stage(recipe, world, stop, display.begin, RayCheckpoints)
+    try:
+        run_stage(recipe, world, stop, display.begin, RayCheckpoints)
+    except PERMANENT as error:
+        # Ray would start the workers again, to the same end.
+        ray.get(config["board"].fail.remote(str(error)))
+        raise
 
 
 def run_alone(recipe: PretrainRecipe, console: Console) -> Position:

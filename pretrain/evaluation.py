@@ -17,6 +17,9 @@ from pretrain.objective import patch_losses
 from pretrain.recipe import PretrainRecipe
 from training.world import World, gather_objects
 
+SHOWN = ("loss_ce", "loss_bbox", "loss_giou", "loss_feature")
+"""Loss terms of the last decoder layer."""
+
 
 @dataclass(frozen=True)
 class _Share:
@@ -65,7 +68,10 @@ def _evaluate_batch(
         torch.argsort(matching.picture * last.boxes.shape[1] + matching.target)
     ]
     matched = by_patch.view(len(batch.keys), -1).unbind()
-    terms = {"loss": losses.total, **losses.terms}
+    terms = {
+        "loss": losses.total,
+        **{name: losses.terms[name] for name in SHOWN if name in losses.terms},
+    }
     values = torch.stack([value.float() for value in terms.values()]).tolist()
     return picture_results(last, batch.targets, matched), dict(zip(terms, values, strict=True))
 

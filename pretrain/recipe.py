@@ -11,6 +11,7 @@ from data.loader import StreamSettings
 from data.order import OrderSettings
 from data.patches import PatchSettings
 from models.detector import DetectorSettings
+from models.interop.backbones import RANDOM_WEIGHTS
 from models.losses import LossWeights
 from models.matching import MatchingCosts
 from models.patch_queries import QueryPatches, queries_per_patch
@@ -125,7 +126,28 @@ def recipe_of(name: str, overrides: Sequence[str] = ()) -> PretrainRecipe:
 
     Raises RecipeError: no such recipe, or one line per mistake in it.
     """
-    return load_recipe(PretrainRecipe, recipe_source(name), overrides)
+    return with_absolute_paths(load_recipe(PretrainRecipe, recipe_source(name), overrides))
+
+
+def with_absolute_paths(recipe: PretrainRecipe) -> PretrainRecipe:
+    """The same recipe for processes with other working directories; URLs stay as they are."""
+    data = recipe.data.model_copy(
+        update={
+            "shards": _absolute(recipe.data.shards),
+            "held_out": _absolute(recipe.data.held_out),
+        }
+    )
+    backbone = recipe.model.backbone
+    if backbone.weights != RANDOM_WEIGHTS:
+        backbone = backbone.model_copy(update={"weights": _absolute(backbone.weights)})
+    return recipe.model_copy(
+        update={
+            "run": _absolute(recipe.run),
+            "init": _absolute(recipe.init),
+            "data": data,
+            "model": recipe.model.model_copy(update={"backbone": backbone}),
+        }
+    )
 
 
 def shown_recipe(name: str, overrides: Sequence[str] = ()) -> str:
@@ -155,3 +177,9 @@ def _said(values: Mapping[str, object], key: str) -> bool:
     for part in key.split("."):
         inner = inner.get(part) if isinstance(inner, Mapping) else None
     return inner is not None
+
+
+def _absolute(path: str | None) -> str | None:
+    if path is None or "://" in path:
+        return path
+    return str(Path(path).expanduser().absolute())
