@@ -1,0 +1,178 @@
+"""CPU milliseconds per picture of the stream, beside the public UP-DETR loader.
+
+    python -m benchmarks.loader --pictures DIR --reference DIR_OF_A_CLONE
+
+Both with --processes loader processes and --batch pictures a batch, until the batch lies in the
+main process: the reference's as normalised floats, ours packed as bytes, once with the colour
+changes made and once with them left to the training device. Each measurement is a fresh process,
+which reports its CPU time, that of its loader processes included; the slope between a short and a
+long run is the cost of a picture without what starting costs. The ways take turns, so that other
+load on the machine falls on all of them.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing.forkserver import _forkserver
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch.utils.data import DataLoader, RandomSampler
+
+from data.batches import to_device
+from data.index import read_index
+from data.loader import StreamSettings, StreamSource
+from data.shards import write_shards
+from data.sources import list_source
+from data.stream import PatchStream
+
+Way = Literal["reference", "ours", "ours, colours left to the device", "ours, normalised here too"]
+
+TARGETS: dict[Way, float] = {"ours": 4.0, "ours, colours left to the device": 5.5}
+"""How many times cheaper than the reference each way has to be."""
+
+NUM_PATCHES = 10
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What is alike for all ways, as it travels to the measuring process."""
+
+    shards: str
+    pictures: str
+    reference: str | None
+    batch: int
+    processes: int
+
+
+def main() -> None:
+    """Reads the arguments and prints the table, or measures once."""
+    if sys.argv[1:2] == ["--measure"]:
+        way, batches, conditions = json.loads(sys.argv[2])
+        print(cpu_seconds(way, batches, Conditions(**conditions)))
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pictures", type=Path, required=True, help="folder of pictures")
+    parser.add_argument("--reference", type=Path, help="clone of github.com/dddzg/up-detr")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4, help="over the pictures, the long run")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as shards:
+        report = write_shards(list_source(str(arguments.pictures.resolve())), shards)
+        conditions = Conditions(
+            shards=shards,
+            pictures=str(arguments.pictures.resolve()),
+            reference=str(arguments.reference.resolve()) if arguments.reference else None,
+            batch=arguments.batch,
+            processes=arguments.processes,
+        )
+        print(f"{report.num_samples} pictures, {conditions.processes} processes, "
+              f"batches of {conditions.batch}, torch {torch.__version__}")  # fmt: skip
+        per_epoch = report.num_samples // conditions.batch
+        print_table(conditions, per_epoch, arguments.epochs, arguments.repeat)
+
+
+def print_table(conditions: Conditions, per_epoch: int, epochs: int, repeat: int) -> None:
+    """Measures every way in turn, `repeat` times, and prints medians and ratios."""
+    ways = [way for way in get_args(Way) if way != "reference" or conditions.reference]
+    costs: dict[Way, list[float]] = {way: [] for way in ways}
+    for _ in range(repeat):
+        for way in ways:
+            # The reference costs so much that one epoch more says enough.
+            extra = per_epoch * (1 if way == "reference" else epochs)
+            costs[way].append(milliseconds_per_picture(way, per_epoch, extra, conditions))
+    reference = statistics.median(costs.get("reference", [float("nan")]))
+    for way in ways:
+        median = statistics.median(costs[way])
+        verdict = ""
+        if way in TARGETS and conditions.reference:
+            reached = "reached" if reference / median >= TARGETS[way] else "MISSED"
+            verdict = f"  (at least {TARGETS[way]}: {reached})"
+        print(
+            f"{way:34s} {median:6.2f} ms CPU a picture ({min(costs[way]):.2f} to "
+            f"{max(costs[way]):.2f}), 1/{reference / median:.1f} of the reference{verdict}"
+        )
+
+
+def milliseconds_per_picture(way: Way, start: int, extra: int, conditions: Conditions) -> float:
+    """CPU time that `extra` batches add to a run of `start` batches, per picture."""
+    short, long = (
+        float(_in_fresh_process(way, batches, conditions)) for batches in (start, start + extra)
+    )
+    return 1e3 * (long - short) / (extra * conditions.batch)
+
+
+def _in_fresh_process(way: Way, batches: int, conditions: Conditions) -> str:
+    job = json.dumps([way, batches, vars(conditions)])
+    command = [sys.executable, "-m", "benchmarks.loader", "--measure", job]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
+
+
+def cpu_seconds(way: Way, batches: int, conditions: Conditions) -> float:
+    """CPU time of this process and its loader processes after loading so many batches."""
+    torch.set_num_threads(1)
+    loaded = 0
+    source = _reference(batches, conditions) if way == "reference" else _ours(way, conditions)
+    with closing(source):
+        for _ in islice(source, batches):
+            loaded += 1
+    if loaded != batches:
+        raise SystemExit(f"{way}: {loaded} of {batches} batches came")
+    # Its children's time counts here only after it has been waited for.
+    _forkserver._stop()
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def _ours(way: Way, conditions: Conditions) -> Iterator[object]:
+    source = StreamSource(
+        index=read_index(conditions.shards),
+        seed=0,
+        global_batch=conditions.batch,
+        num_patches=NUM_PATCHES,
+        colour_on="device" if way == "ours, colours left to the device" else "cpu",
+    )
+    stream = PatchStream(source, StreamSettings(processes=conditions.processes))
+    with closing(stream.from_step(0)) as packed:
+        if way == "ours, normalised here too":
+            yield from (to_device(batch, torch.device("cpu")) for batch in packed)
+        yield from packed
+
+
+def _reference(batches: int, conditions: Conditions) -> Iterator[object]:
+    """The public classes as they are, put together as by its main.py."""
+    sys.path.insert(0, str(conditions.reference))
+    from datasets.selfdet import SelfDet, get_query_transforms, make_self_det_transforms
+    from util.misc import updetr_collate_fn
+
+    pictures = SelfDet(
+        conditions.pictures,
+        make_self_det_transforms("train"),
+        get_query_transforms("train"),
+        num_patches=NUM_PATCHES,
+    )
+    sampler = RandomSampler(pictures, num_samples=batches * conditions.batch)
+    yield from DataLoader(
+        pictures,
+        batch_size=conditions.batch,
+        sampler=sampler,
+        num_workers=conditions.processes,
+        collate_fn=updetr_collate_fn,
+    )
+
+
+if __name__ == "__main__":
+    main()
