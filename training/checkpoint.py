@@ -8,6 +8,7 @@ hashes and uploads are made in the background.
 
 import hashlib
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,9 +53,7 @@ class CheckpointWriter:
         self._world = world
         self._recipe_digest = recipe_digest
 
-    def save(
-        self, state: TrainingState, position: Position, metrics: Mapping[str, float | int]
-    ) -> None:
+    def save(self, state: TrainingState, position: Position, metrics: Mapping[str, float]) -> None:
         """Copies the state to the CPU and queues it; `metrics` are of an evaluation at this step.
 
         Called on every worker; all but the first return at once.
@@ -69,7 +68,7 @@ class CheckpointWriter:
         """Returns when every queued checkpoint is stored or has failed."""
         self._uploads.flush()
 
-    def _store(self, snapshot: Snapshot, metrics: dict[str, float | int]) -> None:
+    def _store(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
         save_checkpoint(self._folder, snapshot, metrics, self._recipe_digest)
         delete_expired(self._folder, self._settings)
 
@@ -77,7 +76,7 @@ class CheckpointWriter:
 def save_checkpoint(
     folder: RunFolder,
     snapshot: Snapshot,
-    metrics: Mapping[str, float | int],
+    metrics: Mapping[str, float],
     recipe_digest: str,
 ) -> Manifest:
     """Stores a snapshot: files first, manifest last; replaces a checkpoint of the same step.
@@ -94,7 +93,7 @@ def commit_files(
     folder: RunFolder,
     source: Path,
     step: int,
-    metrics: Mapping[str, float | int],
+    metrics: Mapping[str, float],
     recipe_digest: str,
 ) -> Manifest:
     """Publishes the files that `write_files` made in `source`, and last their manifest.
@@ -107,7 +106,8 @@ def commit_files(
     manifest = Manifest(
         step=step,
         files={name: _measured(source / name) for name in (MODEL, STATE)},
-        metrics=dict(metrics),
+        # JSON has no NaN, which e.g. the precision of no boxes is.
+        metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
         recipe_digest=recipe_digest,
     )
     folder.delete(_place(step, MANIFEST))

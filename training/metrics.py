@@ -8,6 +8,7 @@ off what was recorded after its checkpoint: the record is one continuous story.
 import json
 import logging
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -118,17 +119,20 @@ class Journal:
     def publish(self) -> None:
         """Brings a remote run's record up to date in the background; a local one always is."""
         self._published_at = self._clock()
-        if self._spool is None or self._is_queued:
+        if self._spool is None:
+            os.fsync(self._lines.fileno())
+            return
+        if self._is_queued:
             return
         self._is_queued = True
         self._uploads.submit("the record of the run", self._publish_now)
 
     def close(self) -> None:
         """Publishes the end of the record and lets go of its files."""
-        self._lines.close()
         self._curves.close()
         self.publish()
         self._uploads.flush()
+        self._lines.close()
         if self._spool:
             shutil.rmtree(self._spool)
 

@@ -8,6 +8,7 @@ codes with it; here the backbone is the module itself.
 from collections.abc import Iterable, Mapping
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -83,12 +84,14 @@ def trainable_parameters(optimiser: AdamW) -> list[nn.Parameter]:
     return [p for group in optimiser.param_groups for p in group["params"]]
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
     """The 2-norm of all gradients together, on their device and not yet read."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, clip_norm: float | None) -> None:
+def clip_gradients(
+    parameters: list[nn.Parameter], norm: Float[Tensor, ""], clip_norm: float | None
+) -> None:
     """Scales the gradients, whose total norm is `norm`, down to `clip_norm`."""
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)

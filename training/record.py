@@ -45,11 +45,13 @@ class Environment:
 def begin_record(folder: RunFolder, recipe: Settings, start_step: int, world: World) -> None:
     """Stores the resolved recipe and adds this start to the environment's list.
 
-    Called on the first worker only.
+    Called on the first worker only, before anything else is written: what a killed start left
+    half-prepared is cleared away.
 
     Raises:
         StoreError: the store refused it.
     """
+    folder.clear_spool()
     folder.write(RECIPE, recipe_yaml(recipe).encode())
     starts = [*_earlier_starts(folder), asdict(current_environment(start_step, world))]
     folder.write(ENVIRONMENT, json.dumps({"starts": starts}, indent=1).encode())

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Generic
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from models.structures import Losses
 from training.job import B, Job, Surroundings
@@ -67,7 +69,7 @@ class Reporter(Generic[B]):
         by_clock = every_minutes is not None and waited_s >= 60 * every_minutes
         return by_steps or (by_clock and self._job.world.is_first)
 
-    def add_losses(self, losses: Losses, grad_norm: torch.Tensor) -> None:
+    def add_losses(self, losses: Losses, grad_norm: Float[Tensor, ""]) -> None:
         """Keeps the numbers of a good step, on their device."""
         self._window.add_losses(losses, grad_norm)
 
@@ -147,7 +149,7 @@ class Reporter(Generic[B]):
             counters=counters,
         )
 
-    def _evaluate(self, step: int) -> dict[str, float | int]:
+    def _evaluate(self, step: int) -> dict[str, float]:
         if self._around.evaluate is None:
             return {}
         state = self._job.state
@@ -156,7 +158,7 @@ class Reporter(Generic[B]):
         with torch.no_grad():
             found = self._around.evaluate(model)
         self._job.model.train()
-        metrics = {f"eval/{name}": value for name, value in found.items()}
+        metrics = {f"eval/{name}": float(value) for name, value in found.items()}
         if self._around.journal:
             self._around.journal.write_evaluation(step, metrics)
         if self._around.display:
@@ -164,7 +166,7 @@ class Reporter(Generic[B]):
             self._around.display.note(f"evaluation at step {step}: {numbers}")
         return metrics
 
-    def _save(self, position: Position, metrics: Mapping[str, float | int]) -> None:
+    def _save(self, position: Position, metrics: Mapping[str, float]) -> None:
         # The record goes first: a checkpoint never knows of steps that its record does not.
         if self._around.journal:
             self._around.journal.publish()

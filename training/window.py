@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from models.structures import Losses
@@ -44,7 +45,7 @@ class Window:
     def __post_init__(self) -> None:
         self.began = self.clock()
 
-    def add_losses(self, losses: Losses, grad_norm: Tensor) -> None:
+    def add_losses(self, losses: Losses, grad_norm: Float[Tensor, ""]) -> None:
         """Keeps the numbers of one good step on their device.
 
         Raises:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed
+from jaxtyping import Shaped
 from torch import Tensor
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class World:
         return self.rank == 0
 
 
-def all_reduce_sum(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Shaped[Tensor, "*axes"]) -> Shaped[Tensor, "*axes"]:
     """The sum over the workers, the same on each; the argument is left as it was."""
     if not _connected():
         return tensor
