@@ -124,10 +124,6 @@ def worst_by_group(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
 
 def _excess(finding: Finding) -> float:
-    return (
-        finding.error / finding.tolerance
-        if finding.tolerance
-        else finding.error * np.inf
-        if finding.error
-        else 0.0
-    )
+    if finding.tolerance:
+        return finding.error / finding.tolerance
+    return np.inf if finding.error else 0.0

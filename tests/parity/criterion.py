@@ -44,7 +44,7 @@ def run_criterion(case: Case) -> Iterator[Finding]:
     losses = criterion_losses(case, GroupOutput("queries", layers), targets)
     yield from compare_matching(case, layers, targets)
     yield from compare_losses(case, losses)
-    losses.total.backward()
+    torch.autograd.backward(losses.total)
     yield from _gradients(case, "pred_logits", logits)
     yield from _gradients(case, "pred_boxes", boxes)
 

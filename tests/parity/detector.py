@@ -176,7 +176,7 @@ def _gradients(
         if array not in case.arrays:
             continue
         model.zero_grad()
-        loss.total.backward(retain_graph=array == "grad_norms_boxes")
+        torch.autograd.backward(loss.total, retain_graph=array == "grad_norms_boxes")
         norms = {
             detr_name(name): 0.0 if tensor.grad is None else float(tensor.grad.norm())
             for name, tensor in model.named_parameters()

@@ -38,11 +38,11 @@ def weights(manifest: Path, changes: Mapping[str, Change]) -> dict[str, Array]:
 
 
 def weight(key: str, shape: tuple[int, ...]) -> Array:
-    """The value of one parameter or buffer: its kind is told by its shape and the end of its key."""
+    """The value of a parameter or buffer; its shape and the end of its key tell its kind."""
     draw = _normal(key, shape)
     tenth = np.float32(0.1)
     if key.endswith("running_var"):
-        return 1 + tenth * np.abs(draw)
+        return np.asarray(1 + tenth * np.abs(draw))
     if key.endswith("running_mean"):
         return tenth * draw
     if len(shape) > 1:
@@ -61,7 +61,7 @@ def picture(name: str, height: int, width: int) -> Array:
     down, across = down[None, :, None], across[None, None, :]
     upper = field[:, top][:, :, left] * (1 - across) + field[:, top][:, :, right] * across
     lower = field[:, bottom][:, :, left] * (1 - across) + field[:, bottom][:, :, right] * across
-    return (upper * (1 - down) + lower * down).astype(np.float32)
+    return np.asarray(upper * (1 - down) + lower * down, dtype=np.float32)
 
 
 def targets(name: str, count: int, num_classes: int) -> tuple[Array, Array]:

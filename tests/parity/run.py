@@ -16,7 +16,7 @@ from tests.parity.detector import run_detector, run_patch_detector
 
 
 def run_all(folder: Path) -> bool:
-    """Run and print every case of a folder; True where all of them ran and kept their tolerances."""
+    """Run and print every case of a folder; True where all ran and kept their tolerances."""
     verdicts = [_run_and_print(path) for path in find_cases(folder)]
     passed = sum(verdicts)
     print(f"{passed} of {len(verdicts)} cases pass")
@@ -56,7 +56,6 @@ def _run_and_print(path: Path) -> bool:
     print(f"{path.stem}: {'ok' if passed else 'FAILED'}")
     for finding in findings:
         mark = "MISS" if finding.misses else "    "
-        print(
-            f"  {mark} {finding.group:<16} {finding.error:9.2e} of {finding.tolerance:7.1e}  {finding.where}"
-        )
+        amount = f"{finding.error:9.2e} of {finding.tolerance:7.1e}"
+        print(f"  {mark} {finding.group:<16} {amount}  {finding.where}")
     return passed
