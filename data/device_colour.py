@@ -39,7 +39,7 @@ def _factors(
     steps: Int64[np.ndarray, " patches"],
     jitter: Bool[np.ndarray, " patches"],
 ) -> Float32[np.ndarray, " patches"]:
-    """Each patch's factor for its step at a slot; 1, which changes nothing, where it has no blend."""
+    """Each patch's factor for its step at a slot; 1, which changes nothing, for other steps."""
     own = np.take_along_axis(factors, np.minimum(steps, 2)[:, None], axis=1)[:, 0]
     return np.where(jitter & (steps != JitterStep.HUE), own, np.float32(1))
 
@@ -75,7 +75,7 @@ def _turn_hue(
     angle = ((sector / 6 + 1).frac_() * 255).floor_()
     saturation = ((top - low) / top.clamp(min=1) * 255).floor_()
     sector = (angle + _beside(levels, shift)).remainder_(256) * (6 / 255)
-    channels = torch.tensor([5, 3, 1], device=levels.device)[:, None, None]
+    channels = torch.arange(5, 0, -2, device=levels.device)[:, None, None]
     position = (channels + sector).remainder_(6)
     share = torch.minimum(position, 4 - position).clamp_(0, 1)
     levels.index_copy_(0, where, (top - top * saturation / 255 * share).round_())

@@ -237,6 +237,13 @@ def test_the_device_changes_no_patch_in_place_and_needs_no_layout(patches: Patch
     assert colour_on_device(planes[:0], packed[:0]).shape == (0, 3, 48, 48)
 
 
+def test_autocast_does_not_reach_the_colours(patches: Patches) -> None:
+    draws = draw_colours(ColourSettings(), len(patches), sample_generator(4, 5, 6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = on_device(patches, draws)
+    assert (cast == on_device(patches, draws)).all()
+
+
 @pytest.mark.gpu
 def test_a_gpu_agrees_with_the_cpu_without_being_waited_for(patches: Patches) -> None:
     draws = draw_colours(ColourSettings(), len(patches), sample_generator(4, 5, 6))
