@@ -1,0 +1,59 @@
+"""`querypatch pretrain` or `resume` through Ray, whose workers also note what they were given.
+
+    python -m tests.cluster.recorded_job NOTES pretrain|resume ARGUMENT...
+
+Each worker appends a line per step to a file of its own in NOTES/START: the step, the sample ids of
+its part, and a hash of its pixels. Checkpoints are stored slowly, so that a kill can hit one.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cluster.launch
+import querypatch
+
+NOTES = Path(sys.argv[1]).absolute() / str(time.time_ns())
+
+
+def noted(config: dict[str, Any]) -> None:
+    """What Ray runs on every worker."""
+    import hashlib
+
+    import pretrain.run
+    from cluster.worker import run_on_ray
+    from training.run_folder import RunFolder
+
+    put, on_device = RunFolder.put, pretrain.run.on_device
+
+    def slow_put(self: RunFolder, source: Path, name: str) -> None:
+        put(self, source, name)
+        time.sleep(0.3 if name.startswith("checkpoints/") else 0)
+
+    def noting(batches: Iterator[Any], device: Any) -> Iterator[Any]:
+        import ray.train
+
+        rank = ray.train.get_context().get_world_rank()
+        with (NOTES / f"{rank}.jsonl").open("w") as notes:
+            for packed in batches:
+                (batch,) = on_device(iter([packed]), device)
+                pixels = hashlib.sha256(packed.buffer.numpy().tobytes()).hexdigest()
+                ids = batch.sample_ids.tolist()
+                notes.write(json.dumps({"step": packed.step, "ids": ids, "pixels": pixels}) + "\n")
+                notes.flush()
+                yield batch
+
+    RunFolder.put = slow_put  # type: ignore[method-assign]
+    pretrain.run.on_device = noting
+    run_on_ray(config)
+
+
+if __name__ == "__main__":
+    NOTES.mkdir(parents=True, exist_ok=True)
+    # By value: the workers have no module `__main__` of this kind to import it from.
+    cluster.launch.run_on_ray = noted
+    sys.argv = ["querypatch", *sys.argv[2:]]
+    querypatch.main()
