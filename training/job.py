@@ -92,9 +92,7 @@ B = TypeVar("B", bound=Batch)
 class Checkpoints(Protocol):
     """Where checkpoints go."""
 
-    def save(
-        self, state: TrainingState, position: Position, metrics: Mapping[str, float | int]
-    ) -> None:
+    def save(self, state: TrainingState, position: Position, metrics: Mapping[str, float]) -> None:
         """Keeps the state of `position`; called on every worker."""
         ...
 

@@ -106,7 +106,7 @@ class Journal:
         self._write({**head, **numbers, **named})
         self._draw(numbers, record.step)
 
-    def write_evaluation(self, step: int, metrics: Mapping[str, float | int]) -> None:
+    def write_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records an evaluation after `step` updates."""
         self._write({"kind": "evaluation", "step": step, **metrics})
         self._draw(metrics, step)

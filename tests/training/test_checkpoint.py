@@ -1,3 +1,5 @@
+"""Checkpoints are whole or absent, whatever the store does, and come back bit for bit."""
+
 import hashlib
 import io
 import json
@@ -92,6 +94,12 @@ def test_everything_comes_back_bit_for_bit(folder: RunFolder) -> None:
         "model.safetensors",
         "state.pt",
     ]
+
+
+def test_a_metric_that_is_not_a_number_does_not_spoil_the_manifest(folder: RunFolder) -> None:
+    save(folder, 1, ap=float("nan"), recall=0.5)
+    (manifest,) = list_checkpoints(folder)
+    assert manifest.metrics == {"recall": 0.5}
 
 
 def test_a_new_run_starts_at_the_start(folder: RunFolder) -> None:

@@ -1,3 +1,5 @@
+"""The record of a run and what a person sees of it."""
+
 import io
 import json
 import logging

@@ -1,3 +1,5 @@
+"""Parameter groups, updates by hand, and the moving average."""
+
 import copy
 
 import pytest

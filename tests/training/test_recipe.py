@@ -1,3 +1,5 @@
+"""Recipes: strict YAML, overrides, and the exact text of every mistake."""
+
 import math
 from pathlib import Path
 from typing import Literal, Self

@@ -1,3 +1,5 @@
+"""Which checkpoints stay, and the manifest that tells of them."""
+
 import pytest
 
 from training.manifest import Manifest, parse_manifest

@@ -1,3 +1,5 @@
+"""The run folder on disk and in stores, uploads, the record of starts, the stop flag."""
+
 import importlib.util
 import json
 import os

@@ -1,3 +1,5 @@
+"""Learning rates by hand."""
+
 import logging
 
 import pytest

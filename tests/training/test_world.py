@@ -1,3 +1,5 @@
+"""Two workers agree, and train as one."""
+
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
