@@ -265,8 +265,6 @@ def _verified(folder: RunFolder, manifest: Manifest, name: str, spool: Path) -> 
 
 
 def _delete(folder: RunFolder, step: int) -> None:
-    folder.delete(_place(step, MANIFEST))
-    place = f"{FOLDER}/{checkpoint_name(step)}"
-    for name in folder.names(place):
-        folder.delete(f"{place}/{name}")
-    folder.delete_folder(place)
+    for name in (MANIFEST, MODEL, STATE):
+        folder.delete(_place(step, name))
+    folder.delete_folder(f"{FOLDER}/{checkpoint_name(step)}")

@@ -27,8 +27,7 @@ class LoopSettings(Settings):
     accumulate: int = Field(default=1, ge=1)
     """Batches whose gradients are averaged into one update."""
     precision: Literal["float32", "bf16"] = "float32"
-    """`bf16` computes the model in bfloat16 where that is safe; matching and losses stay float32.
-    """
+    """`bf16` computes the model in bfloat16 where that is safe, never matching and losses."""
     compile: bool = False
     """Compile the model with torch.compile: minutes at the start, faster steps after."""
     log_every: int = Field(default=50, ge=1)

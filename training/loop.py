@@ -173,12 +173,13 @@ def _bad_step(position: Position, losses: Losses, norm: Tensor, batches: Sequenc
 def _give_up_after(max_bad_steps: int, position: Position, bad: BadStep) -> None:
     if position.bad_in_a_row < max_bad_steps:
         return
-    guilty = [k for k, loss in zip(bad.keys, bad.losses, strict=True) if not math.isfinite(loss)]
-    keys = [key for part in guilty or bad.keys for key in part]
+    told = list(zip(bad.keys, bad.losses, strict=True))
+    guilty = [(keys, loss) for keys, loss in told if not math.isfinite(loss)] or told
+    keys = [key for part, _ in guilty for key in part]
     more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
     raise NonFiniteLoss(
         f"step {bad.step}: {position.bad_in_a_row} updates in a row were not finite, loss "
-        f"{max(bad.losses, key=abs)}, gradient norm {bad.grad_norm}, pictures "
+        f"{guilty[0][1]}, gradient norm {bad.grad_norm}, pictures "
         f"{', '.join(keys[:8])}{more}; the last checkpoint is good: resume it with a lower "
         "optimiser.lr or loop.precision=float32"
     )

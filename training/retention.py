@@ -17,8 +17,7 @@ class RetentionSettings(Settings):
     keep_every_steps: int | None = Field(default=None, ge=1)
     """Checkpoints at multiples of this many steps stay for good; null keeps none."""
     best_metric: str | None = None
-    """Metric of the evaluation by which one best checkpoint stays, e.g. eval/ap; null keeps none.
-    """
+    """Metric of the evaluation by which the best one stays, e.g. eval/ap; null keeps none."""
     best_is: Literal["max", "min"] = "max"
     """Whether the largest or the smallest value of best_metric is the best."""
 

@@ -1,5 +1,4 @@
-"""A run's folder on any fsspec URL: whole files or none, with bounded patience for stores that
-stumble.
+"""A run's folder on any fsspec URL: whole files or none, from stores that stumble too.
 
 Files are prepared locally and then put in one piece. fsspec's `open(path, "wb")` is never used: an
 error inside its `with` block publishes the part that was written (measured on S3). On a local disk
@@ -34,12 +33,12 @@ class StoreError(OSError):
 
 @dataclass(frozen=True)
 class Patience:
-    """How often a stumbling store is asked again, and how long between: backoff_s, then twice that,
-    ...
-    """
+    """How a stumbling store is asked again."""
 
     attempts: int = 6
+    """Times in all."""
     backoff_s: float = 0.5
+    """Seconds before the second attempt; doubled before each further one, up to 30."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,10 @@ class RunFolder:
         return f"{self.root}/{name}"
 
     def put(self, source: Path, name: str) -> None:
-        """Publishes a local file as `name`, whole or not at all; a local folder may take the file
-        itself.
+        """Publishes a local file as `name`, whole or not at all; a local run takes the file itself.
 
         Raises:
-            StoreError: the store refused it, or every attempt failed; nothing whole is at `name`
-            then.
+            StoreError: the store refused it, or every attempt failed.
         """
         try:
             self._retry(lambda: self._put_once(source, name), "write", name)
@@ -98,8 +95,7 @@ class RunFolder:
         return bytes(self._retry(lambda: self.filesystem.cat_file(self.path(name)), "read", name))
 
     def fetch(self, name: str, spool: Path) -> Path:
-        """A local file with the bytes of `name`: the file itself on a local disk, else a copy in
-        `spool`.
+        """A local file with the bytes of `name`: on a local disk itself, else a copy in `spool`.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -132,9 +128,9 @@ class RunFolder:
             self._retry(lambda: self.filesystem.rm_file(self.path(name)), "delete", name)
 
     def delete_folder(self, name: str) -> None:
-        """Removes an empty folder; object stores have none."""
+        """Removes a folder if it is empty; object stores have none."""
         if self.is_local:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 Path(self.path(name)).rmdir()
 
     @contextmanager
@@ -147,9 +143,7 @@ class RunFolder:
             yield Path(spool)
 
     def clear_spool(self) -> None:
-        """Removes what killed processes left half-prepared; only where nobody else writes to this
-        run.
-        """
+        """Removes what killed processes left half-prepared; for the run's one writer."""
         if self.is_local:
             shutil.rmtree(Path(self.root) / SPOOL, ignore_errors=True)
 

@@ -252,6 +252,24 @@ def test_bf16_computes_the_model_in_bfloat16_and_keeps_float32_weights() -> None
     assert {p.dtype for p in state.model.parameters()} == {torch.float32}
 
 
+def test_a_step_reads_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these would wait for a GPU; one per step, and one for the record at the end."""
+    reads: list[str] = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(
+            self: Tensor, *rest: object, name: str = name, original: object = original
+        ) -> object:
+            reads.append(name)
+            return original(self, *rest)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    settings = LoopSettings(steps=6, log_every=100, accumulate=2)
+    train(small_job(small_state(EmaSettings()), settings), surroundings(), Position())
+    assert reads == ["tolist"] * 7
+
+
 def test_a_stream_that_ends_is_an_error() -> None:
     job = replace(small_job(small_state(), LoopSettings(steps=3)), batches=iter([number_batch(0)]))
     with pytest.raises(ValueError, match="the stream of batches ended"):
