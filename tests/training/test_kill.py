@@ -14,7 +14,7 @@ from training.retention import RetentionSettings
 from training.run_folder import open_run_folder
 from training.snapshot import Position, Snapshot, take_snapshot
 
-KILLS = 16
+KILLS = 12
 
 
 class BigLine(torch.nn.Linear):
