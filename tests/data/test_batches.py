@@ -1,3 +1,5 @@
+"""Packed batches: what is packed, joined and normalised is what was cut, padding exactly 0."""
+
 import numpy as np
 import pytest
 import torch

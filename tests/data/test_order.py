@@ -1,3 +1,5 @@
+"""The order of an epoch: exact, complete, pinned, well shuffled, the same for any ranks."""
+
 import numpy as np
 import pytest
 

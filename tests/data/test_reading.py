@@ -1,3 +1,5 @@
+"""Ranged reads: retried, counted, never short, cached; on disks, in memory and on S3."""
+
 import os
 import threading
 from dataclasses import replace

@@ -1,3 +1,5 @@
+"""The exact stream: equal bits for any workers and after any restart, whatever breaks."""
+
 import logging
 import multiprocessing
 import os
