@@ -24,7 +24,7 @@ from training.job import Checkpoints
 from training.progress import Display, open_display
 from training.recipe import load_recipe, recipe_digest
 from training.resources import Resources
-from training.run_folder import open_run_folder
+from training.run_folder import StoreError, open_run_folder
 from training.snapshot import Position
 from training.stopping import StopFlag, stop_on_signals
 from training.uploads import Uploads
@@ -85,9 +85,16 @@ def run_stage(
         display=display,
     )
     try:
-        return pretrain(recipe, host)
+        position = pretrain(recipe, host)
     finally:
         uploads.close()
+    if uploads.failures_in_a_row:
+        raise StoreError(
+            f"{folder.url}: the last {uploads.failures_in_a_row} uploads failed, the newest "
+            f"checkpoint in the store is older than step {position.step}; once it can be reached, "
+            f"`querypatch resume {folder.url}`"
+        )
+    return position
 
 
 def device_of(resources: Resources) -> torch.device:

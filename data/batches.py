@@ -203,7 +203,7 @@ def to_device(packed: PackedPatchBatch, device: torch.device) -> PatchBatch:
         images=Images(pixels, padding, on_device.sizes),
         patches=_normalised(levels).view(count, num_patches, *levels.shape[1:]),
         targets=Targets(tuple(on_device.boxes_cxcywh.unbind()), (labels,) * count),
-        keys=packed.keys,
+        keys=() if packed.blank else packed.keys,
         sample_ids=host.ids,
         skipped=tuple(picture.key for picture in packed.skipped),
         blank=packed.blank,

@@ -23,8 +23,8 @@ def xyxy_to_cxcywh(boxes: Float[Tensor, "*boxes 4"]) -> Float[Tensor, "*boxes 4"
 
 
 def iou(
-    boxes_xyxy: Float[Tensor, "*batch boxes 4"], others_xyxy: Float[Tensor, "*batch others 4"]
-) -> Float[Tensor, "*batch boxes others"]:
+    boxes_xyxy: Float[Tensor, "*#batch boxes 4"], others_xyxy: Float[Tensor, "*#batch others 4"]
+) -> Float[Tensor, "*#batch boxes others"]:
     """Intersection over union of each box (row) with each other box (column), 0..1; 0 where both
     are empty.
     """
@@ -33,8 +33,8 @@ def iou(
 
 
 def generalized_iou(
-    boxes_xyxy: Float[Tensor, "*batch boxes 4"], others_xyxy: Float[Tensor, "*batch others 4"]
-) -> Float[Tensor, "*batch boxes others"]:
+    boxes_xyxy: Float[Tensor, "*#batch boxes 4"], others_xyxy: Float[Tensor, "*#batch others 4"]
+) -> Float[Tensor, "*#batch boxes others"]:
     """Generalized IoU of each box (row) with each other box (column), -1..1; 0/0 of empty boxes
     gives NaN.
     """

@@ -32,7 +32,7 @@ class PatchObjective:
         """
         recipe = self.recipe
         draws = draw_patch_queries(
-            recipe.queries, recipe.model.num_queries, len(batch.keys), generator
+            recipe.queries, recipe.model.num_queries, len(batch.images.sizes), generator
         )
         output: PatchOutput = model(batch.images, batch.patches, draws)
         return self.losses(output, batch)

@@ -128,10 +128,10 @@ def _surroundings(
 ) -> Surroundings:
     journal = display = None
     if host.world.is_first:
+        begin_record(host.folder, recipe, start.step, host.world)
         journal = Journal(host.folder, host.uploads, start.step, time.monotonic)
         stack.callback(journal.close)
         display = stack.enter_context(host.display(start.step, total_steps))
-        begin_record(host.folder, recipe, start.step, host.world)
     return Surroundings(
         checkpoints=host.checkpoints,
         clock=time.monotonic,
@@ -153,5 +153,6 @@ def _evaluation(
 
 
 def _counters(stream: PatchStream, uploads: Uploads) -> dict[str, float]:
-    reading = {f"reading/{name}": value for name, value in asdict(stream.counters.reading).items()}
-    return {**reading, "uploads_failed": uploads.failures}
+    reading = asdict(stream.counters.reading)
+    named = {f"reading/{name}": float(value) for name, value in reading.items()}
+    return {**named, "uploads_failed": float(uploads.failures)}

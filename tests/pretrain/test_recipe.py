@@ -1,0 +1,100 @@
+"""Recipes: every shipped one loads, says what it is for, and keeps to the published numbers."""
+
+import pytest
+
+from pretrain.recipe import (
+    FREE_KEYS,
+    PretrainRecipe,
+    recipe_of,
+    shipped_recipes,
+    shown_recipe,
+    with_absolute_paths,
+)
+from training.recipe import RecipeError, recipe_schema
+
+SAID = ["run=r", "data.shards=s", "model.backbone.weights=w"]
+NAMES = ("folder_r18", "imagenet_r50", "imagenet_r50_15ep", "single_query", "tiny_cpu")
+
+
+def test_these_recipes_are_shipped() -> None:
+    assert tuple(shipped_recipes()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_loads_and_its_header_says_hardware_time_result_and_command(
+    name: str,
+) -> None:
+    recipe_of(name, SAID)
+    header = [line for line in shipped_recipes()[name].splitlines() if line.startswith("#")]
+    text = "\n".join(header)
+    for word in ("Hardware:", "Time:", "Result:", f"querypatch pretrain {name} "):
+        assert word in text
+
+
+def test_imagenet_r50_is_the_public_command() -> None:
+    recipe = recipe_of("imagenet_r50", SAID)
+    assert (recipe.global_batch, recipe.loop.epochs, recipe.schedule.drop_at) == (256, 60, (40,))
+    assert (recipe.optimiser.lr, recipe.optimiser.weight_decay) == (1e-4, 1e-4)
+    assert recipe.optimiser.clip_norm == 0.1
+    assert (recipe.model.num_queries, recipe.queries.num_patches) == (100, 10)
+    assert recipe.model.pre_norm
+    assert not recipe.model.backbone.train
+    assert (recipe.queries.mask_ratio, recipe.queries.mask_unit) == (0.1, "per_query")
+    assert not recipe.queries.shuffle
+    assert recipe.losses.no_object == 0.1
+
+
+def test_a_recipe_without_run_shards_or_weights_names_all_three() -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe_of("imagenet_r50")
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
+        "run",
+        "model.backbone.weights",
+        "data.shards",
+    ]
+
+
+def test_an_unknown_recipe_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"'imagnet' is neither a file nor one of folder_r18, "):
+        recipe_of("imagnet", SAID)
+
+
+def test_queries_that_patches_cannot_share_evenly_are_refused() -> None:
+    with pytest.raises(RecipeError, match="num_queries=100 cannot be shared evenly"):
+        recipe_of("imagenet_r50", [*SAID, "queries.num_patches=7"])
+
+
+def test_more_workers_than_pictures_in_a_batch_are_refused() -> None:
+    with pytest.raises(RecipeError, match="use fewer workers"):
+        recipe_of("tiny_cpu", [*SAID, "resources.workers=17"])
+
+
+def test_a_recipe_is_shown_with_null_for_what_only_its_user_knows() -> None:
+    text = shown_recipe("imagenet_r50", ["seed=7"])
+    assert text.startswith("run: null\nseed: 7\n")
+    assert "weights: random" in shown_recipe("tiny_cpu")
+
+
+def test_local_paths_become_absolute_and_urls_stay() -> None:
+    recipe = with_absolute_paths(
+        recipe_of("tiny_cpu", ["run=s3://b/r", "data.shards=shards", "init=w.pth"])
+    )
+    assert recipe.run == "s3://b/r"
+    assert recipe.data.shards.startswith("/")
+    assert recipe.data.held_out is None
+    assert recipe.init is not None
+    assert recipe.init.endswith("/w.pth")
+    assert recipe.model.backbone.weights == "random"
+
+
+def test_every_free_key_is_a_key_of_the_recipe() -> None:
+    known = recipe_schema(PretrainRecipe)
+    definitions = known["$defs"]
+    assert isinstance(definitions, dict)
+    for key in FREE_KEYS:
+        inner: dict[str, object] = known
+        for part in key.rstrip(".").split("."):
+            properties = inner["properties"]
+            assert isinstance(properties, dict)
+            entry = properties[part]
+            inner = definitions.get(str(entry.get("$ref", "")).rpartition("/")[2], entry)
