@@ -42,7 +42,7 @@ def write_folder(
     out; errors of `list_source` and `write_shards` pass through.
     """
     listed = list_source(source, kind, pictures, ignore)
-    console.print(f"{source}: {len(listed.items)} pictures, read as {listed.kind}", highlight=False)
+    _say(console, f"{source}: {len(listed.items)} pictures, read as {listed.kind}")
     if not hold_out:
         _write(listed, destination, settings, console)
         return
@@ -56,9 +56,7 @@ def index_folder(url: str, console: Console) -> None:
     with _bar(console, "shards") as advance:
         index = index_shards(url, progress=advance)
     write_index(index)
-    console.print(
-        f"{url}: {index.num_samples} samples in {len(index.shards)} shards indexed", highlight=False
-    )
+    _say(console, f"{url}: {index.num_samples} samples in {len(index.shards)} shards indexed")
 
 
 def check_folder(url: str, console: Console) -> bool:
@@ -66,10 +64,10 @@ def check_folder(url: str, console: Console) -> bool:
     with _bar(console, "shards") as advance:
         faults = check_shards(url, progress=advance)
     for fault in faults[:_FAULTS_SHOWN]:
-        console.print(str(fault), highlight=False, markup=False, soft_wrap=True)
+        _say(console, str(fault))
     if len(faults) > _FAULTS_SHOWN:
-        console.print(f"... and {len(faults) - _FAULTS_SHOWN} more", highlight=False)
-    console.print(f"{url}: {len(faults)} faults" if faults else f"{url}: no fault", highlight=False)
+        _say(console, f"... and {len(faults) - _FAULTS_SHOWN} more")
+    _say(console, f"{url}: {len(faults)} faults" if faults else f"{url}: no fault")
     return bool(faults)
 
 
@@ -80,20 +78,23 @@ def _write(source: Source, destination: str, settings: ShardSettings, console: C
             advance(progress.done, progress.total)
 
         report = write_shards(source, destination, settings, progress=show)
-    console.print(
+    _say(
+        console,
         f"{destination}: {report.num_samples} pictures in {report.num_shards} shards, "
         f"{report.num_bytes / 1e6:.1f} MB",
-        highlight=False,
     )
     if report.left_out:
         first = report.left_out[0]
-        console.print(
+        _say(
+            console,
             f"left out {len(report.left_out)}, named in {destination}/{REPORT_NAME}; the first: "
             f"{first.name}: {first.reason}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
+
+
+def _say(console: Console, text: str) -> None:
+    """One line, whole: paths must stay copyable."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Rate(ProgressColumn):

@@ -106,8 +106,13 @@ def _job(place: Path, run: str, *arguments: str) -> subprocess.Popen[bytes]:
     log = (place / f"{run}.log").open("ab")
     with log:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.cluster.recorded_job", str(place / f"{run}.notes")]
-            + list(arguments),
+            [
+                sys.executable,
+                "-m",
+                "tests.cluster.recorded_job",
+                str(place / f"{run}.notes"),
+                *arguments,
+            ],
             stdout=log,
             stderr=log,
             start_new_session=True,
