@@ -3,11 +3,10 @@
 import json
 import re
 import shlex
+import tarfile
 from pathlib import Path
 
 import pytest
-import simplejpeg
-import webdataset
 from typer.testing import CliRunner
 
 import querypatch
@@ -31,14 +30,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_pictures_become_shards_that_webdataset_reads(pictures: Path, tmp_path: Path) -> None:
+def test_pictures_become_shards_of_which_some_are_held_out(pictures: Path, tmp_path: Path) -> None:
     said = call("shards", "write", pictures, tmp_path / "s", "--hold-out", 2)
     assert "7 pictures in 1 shards" in said
     train, held_out = tmp_path / "s" / "train", tmp_path / "s" / "held_out"
-    tar = str(next(train.glob("*.tar")))
-    samples = list(webdataset.WebDataset(tar, shardshuffle=False, empty_check=False))
-    assert len(samples) == 7
-    assert simplejpeg.is_jpeg(samples[0]["jpg"])
+    with tarfile.open(next(train.glob("*.tar"))) as tar:
+        assert [name.endswith(".jpg") for name in tar.getnames()] == [True] * 7
     assert "no fault" in call("shards", "check", train)
     assert "no fault" in call("shards", "check", held_out)
 
