@@ -51,13 +51,30 @@ TARGETS = {"cpu": 1.8, "cuda": 5.0}
 """How many times faster than the public code ours has to be, in bfloat16."""
 
 _PUBLIC_SETTINGS = {
-    **{"dataset_file": "ImageNet", "masks": False, "frozen_weights": None},
-    **{"lr_backbone": 0, "backbone": "resnet50", "dilation": False},
-    **{"position_embedding": "sine", "hidden_dim": 256, "dropout": 0.1, "nheads": 8},
-    **{"dim_feedforward": 2048, "enc_layers": 6, "dec_layers": 6, "pre_norm": True},
-    **{"num_queries": 100, "aux_loss": True, "feature_recon": True, "query_shuffle": False},
-    **{"set_cost_class": 1, "set_cost_bbox": 5, "set_cost_giou": 2},
-    **{"bbox_loss_coef": 5, "giou_loss_coef": 2, "eos_coef": 0.1},
+    "dataset_file": "ImageNet",
+    "masks": False,
+    "frozen_weights": None,
+    "lr_backbone": 0,
+    "backbone": "resnet50",
+    "dilation": False,
+    "position_embedding": "sine",
+    "hidden_dim": 256,
+    "dropout": 0.1,
+    "nheads": 8,
+    "dim_feedforward": 2048,
+    "enc_layers": 6,
+    "dec_layers": 6,
+    "pre_norm": True,
+    "num_queries": 100,
+    "aux_loss": True,
+    "feature_recon": True,
+    "query_shuffle": False,
+    "set_cost_class": 1,
+    "set_cost_bbox": 5,
+    "set_cost_giou": 2,
+    "bbox_loss_coef": 5,
+    "giou_loss_coef": 2,
+    "eos_coef": 0.1,
 }
 """The command line of the public recipe."""
 

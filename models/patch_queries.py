@@ -145,7 +145,7 @@ class PatchDetector(nn.Module):
     def forward(
         self,
         images: Images,
-        patches: Float[Tensor, "batch patches 3 side side"],
+        patches: Float[Tensor, "batch patches 3 patch_height patch_width"],
         draws: PatchDraws | None = None,
     ) -> PatchOutput:
         """Find the patches in the pictures.
@@ -185,7 +185,7 @@ class PatchDetector(nn.Module):
             )
 
     def _patch_features(
-        self, patches: Float[Tensor, "batch patches 3 side side"]
+        self, patches: Float[Tensor, "batch patches 3 patch_height patch_width"]
     ) -> Float[Tensor, "batch patches channels"]:
         """The CNN's feature map of each patch, averaged over its cells."""
         pooled: Tensor = self.detector.backbone(patches.flatten(0, 1)).mean(

@@ -1,7 +1,7 @@
 """A parity case as it lies on disk, and what comes of comparing with it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,14 @@ LOSS_TOLERANCE = 1e-5
 LOSS_FLOOR = 0.1
 """Below this a loss is compared absolutely: 1e-5 of 0.1 is the floor of 1e-6."""
 GRADIENT_TOLERANCE = 2e-3
+
+
+_SERVING = {
+    *("loss_names", "loss_values", "loss_weights", "loss_total", "loss_boxes_total"),
+    *("grad_names", "grad_norms", "grad_norms_boxes", "grad_norm_total"),
+    *("keep", "order", "pred_feature_queries"),
+}
+"""Arrays that are read together or that describe others."""
 
 
 class NotSupportedError(Exception):
@@ -43,6 +51,7 @@ class Finding:
     error: float
     tolerance: float
     where: str
+    """Name of the quantity, of the array where it is one of the case's, and the place in it."""
 
     @property
     def misses(self) -> bool:
@@ -80,9 +89,12 @@ def read_case(path: Path) -> Case:
 
 def compare(
     group: str, name: str, got: Tensor | np.ndarray, case: Case, tolerance: float = OUTPUT_TOLERANCE
-) -> Finding:
-    """The largest absolute difference from an array of the case, and its place."""
-    return compare_values(group, name, got, case.arrays[name], tolerance)
+) -> Iterator[Finding]:
+    """The largest absolute difference from an array of the case, and its place; nothing where the
+    case was stored without that array.
+    """
+    if name in case.arrays:
+        yield compare_values(group, name, got, case.arrays[name], tolerance)
 
 
 def compare_values(
@@ -98,9 +110,8 @@ def compare_values(
     """
     values = got.detach().numpy() if isinstance(got, Tensor) else got
     if values.shape != expected.shape:
-        return Finding(
-            group, np.inf, tolerance, f"{name}: shape {values.shape} not {expected.shape}"
-        )
+        shapes = f"{name}: shape {values.shape}, expected {expected.shape}"
+        return Finding(group, np.inf, tolerance, shapes)
     if not expected.size:
         return Finding(group, 0.0, tolerance, name)
     difference = np.abs(values.astype(np.float64) - expected.astype(np.float64))
@@ -108,7 +119,18 @@ def compare_values(
         difference /= np.maximum(np.abs(expected), floor)
     difference = np.nan_to_num(difference, nan=np.inf)
     place = np.unravel_index(difference.argmax(), difference.shape)
-    return Finding(group, float(difference[place]), tolerance, f"{name}{[int(i) for i in place]}")
+    where = f"{name}{[int(i) for i in place]}" if place else name
+    return Finding(group, float(difference[place]), tolerance, where)
+
+
+def never_compared(case: Case, findings: Sequence[Finding]) -> tuple[str, ...]:
+    """Arrays of the case that no finding is about, so that a gap is seen."""
+    compared = {finding.where.partition("[")[0] for finding in findings}
+    return tuple(
+        name
+        for name in case.arrays
+        if name not in compared and name not in _SERVING and not name.startswith("input_")
+    )
 
 
 def worst_by_group(findings: Sequence[Finding]) -> tuple[Finding, ...]:

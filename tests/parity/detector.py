@@ -111,8 +111,7 @@ def _findings(
     for number, layer in enumerate(group.layers):
         prefix = "" if number == len(group.layers) - 1 else f"aux_{number}_"
         for name, got in (("pred_logits", layer.logits), ("pred_boxes", layer.boxes)):
-            if prefix + name in case.arrays:
-                yield compare("outputs", prefix + name, got, case)
+            yield from compare("outputs", prefix + name, got, case)
     if "targets" in case.inputs:
         targets = targets_of(case.inputs["targets"])
         losses = criterion_losses(case, group, targets, run.reconstruction)
@@ -128,13 +127,13 @@ def _intermediates(case: Case, detector: Detector, images: Images, run: Run) -> 
     (rows, columns), batch = memory.spatial_shapes[0], len(images.sizes)
     yield from _backbone(case, detector, images)
     mask = memory.padding.view(batch, rows, columns)
-    yield compare("intermediates", "feature_mask", mask.float(), case)
+    yield from compare("intermediates", "feature_mask", mask.float(), case)
     position = memory.position.view(batch, rows, columns, -1).permute(0, 3, 1, 2)
-    yield compare("intermediates", "position", position, case)
-    yield compare("intermediates", "input_proj_first4", run.projected[:, :4], case)
-    yield compare("intermediates", "encoder_memory_first4", memory.tokens[:, :4], case)
+    yield from compare("intermediates", "position", position, case)
+    yield from compare("intermediates", "input_proj_first4", run.projected[:, :4], case)
+    yield from compare("intermediates", "encoder_memory_first4", memory.tokens[:, :4], case)
     hidden = torch.stack([layer.hidden for layer in run.output.groups[0].layers])
-    yield compare("intermediates", "decoder_hidden_first4", hidden[:, :, :4], case)
+    yield from compare("intermediates", "decoder_hidden_first4", hidden[:, :, :4], case)
 
 
 def _backbone(case: Case, detector: Detector, images: Images) -> Iterator[Finding]:
@@ -146,24 +145,24 @@ def _backbone(case: Case, detector: Detector, images: Images) -> Iterator[Findin
             features = run_stage(blocks, features)
             means.append(features.mean((1, 2, 3)))
             deviations.append(features.std((1, 2, 3), correction=0))
-    yield compare("intermediates", "backbone_mean", torch.stack(means), case)
-    yield compare("intermediates", "backbone_std", torch.stack(deviations), case)
-    yield compare("intermediates", "backbone_c5_corner", features[:, *_CORNER], case)
+    yield from compare("intermediates", "backbone_mean", torch.stack(means), case)
+    yield from compare("intermediates", "backbone_std", torch.stack(deviations), case)
+    yield from compare("intermediates", "backbone_c5_corner", features[:, *_CORNER], case)
 
 
 def _patch_findings(case: Case, run: Run, features: Tensor) -> Iterator[Finding]:
     assert run.patch_queries is not None
-    yield compare("intermediates", "patch_query", run.patch_queries, case)
-    yield compare("intermediates", "query_position", run.queries.position, case)
+    yield from compare("intermediates", "patch_query", run.patch_queries, case)
+    yield from compare("intermediates", "query_position", run.queries.position, case)
     if run.reconstruction is None:
         return
-    yield compare("intermediates", "gt_feature", features, case)
+    yield from compare("intermediates", "gt_feature", features, case)
     *others, last = run.reconstruction.predicted
     queries = torch.from_numpy(case.arrays["pred_feature_queries"])
-    yield compare("outputs", "pred_feature_at_queries", last[:, queries], case)
-    yield compare("outputs", "pred_feature_norm", last.norm(dim=-1), case)
+    yield from compare("outputs", "pred_feature_at_queries", last[:, queries], case)
+    yield from compare("outputs", "pred_feature_norm", last.norm(dim=-1), case)
     for number, layer in enumerate(others):
-        yield compare("outputs", f"aux_{number}_pred_feature_norm", layer.norm(dim=-1), case)
+        yield from compare("outputs", f"aux_{number}_pred_feature_norm", layer.norm(dim=-1), case)
 
 
 def _gradients(

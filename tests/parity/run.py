@@ -8,6 +8,7 @@ from tests.parity.case import (
     Finding,
     NotSupportedError,
     find_cases,
+    never_compared,
     read_case,
     worst_by_group,
 )
@@ -24,9 +25,7 @@ def run_all(folder: Path) -> bool:
 
 
 def run_case(case: Case) -> tuple[Finding, ...]:
-    """Every comparison of a case; NotSupportedError where the project lacks the model or an option
-    of it.
-    """
+    """Every comparison of a case; NotSupportedError where the project lacks what it needs."""
     return tuple(_runner(case))
 
 
@@ -45,7 +44,8 @@ def _runner(case: Case) -> Iterator[Finding]:
 
 def _run_and_print(path: Path) -> bool:
     try:
-        findings = worst_by_group(run_case(read_case(path)))
+        case = read_case(path)
+        findings = run_case(case)
     except NotSupportedError as lacking:
         print(f"{path.stem}: FAILED, not supported yet: {lacking}")
         return False
@@ -54,8 +54,11 @@ def _run_and_print(path: Path) -> bool:
         return False
     passed = not any(finding.misses for finding in findings)
     print(f"{path.stem}: {'ok' if passed else 'FAILED'}")
-    for finding in findings:
+    for finding in worst_by_group(findings):
         mark = "MISS" if finding.misses else "    "
         amount = f"{finding.error:9.2e} of {finding.tolerance:7.1e}"
         print(f"  {mark} {finding.group:<16} {amount}  {finding.where}")
+    unseen = never_compared(case, findings)
+    if unseen:
+        print(f"       not compared: {', '.join(unseen)}")
     return passed

@@ -1,0 +1,166 @@
+"""UP-DETR's query patches (section 3.2)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.patch_queries import (
+    PatchDetector,
+    PatchDraws,
+    PatchOutput,
+    QueryPatches,
+    draw_patch_queries,
+    hidden_queries,
+)
+from tests.models.test_detector import images, settings
+
+
+def model(num_queries: int = 6, **changes: object) -> PatchDetector:
+    patches = QueryPatches.model_validate({"num_patches": 3} | changes)
+    built = PatchDetector(
+        settings(num_queries=num_queries), patches, torch.Generator().manual_seed(0)
+    )
+    return built.eval()
+
+
+def patches(count: int = 3, batch: int = 2) -> Tensor:
+    return torch.randn(batch, count, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+def last_boxes(said: PatchOutput) -> Tensor:
+    return said.detection.groups[0].layers[-1].boxes.detach()
+
+
+def test_queries_see_their_own_patch_group_and_no_other() -> None:
+    hidden = hidden_queries(4, 2)
+    assert hidden.int().tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(("num_queries", "num_patches"), [(100, 20), (100, 100), (6, 1), (60, 6)])
+def test_every_query_sees_its_group_for_any_number_of_patches(
+    num_queries: int, num_patches: int
+) -> None:
+    """The public mask leaves rows without a visible query beyond num_patches ** 2 = num_queries."""
+    visible = (~hidden_queries(num_queries, num_patches)).sum(1)
+    assert (visible == num_queries // num_patches).all()
+
+
+def test_more_patches_than_queries_each_give_finite_boxes() -> None:
+    built = model(num_queries=6, num_patches=6)
+    assert last_boxes(built(images((64, 96)), patches(6, batch=1))).isfinite().all()
+
+
+def test_queries_that_cannot_be_shared_evenly_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_queries=7 .* num_patches=3; .* num_queries=6"):
+        hidden_queries(7, 3)
+
+
+def test_a_patch_is_searched_by_its_own_queries_only() -> None:
+    built = model()
+    changed = patches()
+    changed[:, 1] += 1.0
+    before = last_boxes(built(images((64, 96), (96, 64)), patches()))
+    after = last_boxes(built(images((64, 96), (96, 64)), changed))
+    moved = (before != after).any(-1).any(0)
+    assert moved.tolist() == [False, False, True, True, False, False]
+
+
+def test_without_the_attention_mask_groups_feel_each_other() -> None:
+    built = model(attention_mask=False)
+    changed = patches()
+    changed[:, 1] += 1.0
+    before = last_boxes(built(images((64, 96), (96, 64)), patches()))
+    after = last_boxes(built(images((64, 96), (96, 64)), changed))
+    assert (before != after).any(-1).all()
+
+
+def test_evaluation_takes_fewer_patches_and_answers_them_as_among_all() -> None:
+    built = model()
+    few = built(images((64, 96), (96, 64)), patches()[:, :2])
+    every = built(images((64, 96), (96, 64)), patches())
+    assert last_boxes(few).shape == (2, 4, 4)
+    torch.testing.assert_close(last_boxes(few), last_boxes(every)[:, :4])
+
+
+def test_features_and_reconstructions_have_the_depth_of_the_cnn() -> None:
+    said = model()(images((64, 96), (96, 64)), patches())
+    assert said.patch_features.shape == (2, 3, 512)
+    assert said.reconstructions is not None
+    assert said.reconstructions.shape == (2, 2, 6, 512)
+    assert model(reconstruction=False)(images((64, 96)), patches(batch=1)).reconstructions is None
+
+
+def test_a_query_that_loses_its_patch_keeps_its_own_vector() -> None:
+    built = model().train()
+    keep = torch.ones(2, 6, dtype=torch.bool)
+    keep[1, 4] = False
+    draws = PatchDraws(keep, torch.arange(6))
+    features = built._patch_features(patches())
+    position = built._query_group(features, draws).position
+    assert torch.equal(position[1, 4], built.detector.queries.weight[4])
+    searched = built.patch_projection(features[1, 2])
+    torch.testing.assert_close(position[1, 5], searched + built.detector.queries.weight[5])
+
+
+def test_shuffling_moves_the_query_vectors_and_not_the_patches() -> None:
+    built = model(shuffle=True).train()
+    order = torch.tensor([5, 0, 1, 2, 3, 4])
+    draws = PatchDraws(torch.ones(2, 6, dtype=torch.bool), order)
+    features = built._patch_features(patches())
+    position = built._query_group(features, draws).position
+    searched = built.patch_projection(features[0, 0])
+    torch.testing.assert_close(position[0, 0], searched + built.detector.queries.weight[5])
+
+
+def test_masking_per_query_hides_single_queries_and_per_patch_whole_groups() -> None:
+    generator = torch.Generator().manual_seed(0)
+    single = QueryPatches(num_patches=4, mask_ratio=0.25)
+    keep = draw_patch_queries(single, 12, 500, generator).keep
+    assert abs(float(keep.float().mean()) - 0.75) < 0.02
+    assert (keep.view(500, 4, 3).sum(-1) % 3 != 0).any()
+
+    whole = QueryPatches(num_patches=4, mask_ratio=0.25, mask_unit="per_patch")
+    keep = draw_patch_queries(whole, 12, 500, generator).keep
+    assert abs(float(keep.float().mean()) - 0.75) < 0.03
+    assert (keep.view(500, 4, 3).sum(-1) % 3 == 0).all()
+
+
+def test_draws_depend_on_the_generator_alone() -> None:
+    shuffled = QueryPatches(num_patches=4, shuffle=True)
+    first, second = (
+        draw_patch_queries(shuffled, 12, 3, torch.Generator().manual_seed(8)) for _ in range(2)
+    )
+    assert torch.equal(first.keep, second.keep)
+    assert torch.equal(first.order, second.order)
+    assert sorted(first.order.tolist()) == list(range(12)) != first.order.tolist()
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_a_trained_cnn_is_changed_by_its_own_targets_only_where_asked(detach: bool) -> None:
+    trained = settings(
+        num_queries=6, backbone={"name": "resnet18", "weights": "random", "train": True}
+    )
+    built = PatchDetector(
+        trained,
+        QueryPatches(num_patches=3, mask_ratio=0, detach_features=detach),
+        torch.Generator().manual_seed(0),
+    )
+    assert built(images((64, 96)), patches(batch=1)).patch_features.requires_grad != detach
+
+
+@pytest.mark.parametrize(
+    ("training", "count", "draws", "complaint"),
+    [
+        (True, 2, True, "got 2 patches .* give exactly 3"),
+        (False, 4, False, "got 4 patches .* give at most 3"),
+        (True, 3, False, "needs draws; make them with draw_patch_queries"),
+        (False, 2, True, "draws are for all 3 patches, got 2"),
+    ],
+)
+def test_patches_and_draws_that_do_not_fit_are_refused(
+    training: bool, count: int, draws: bool, complaint: str
+) -> None:
+    built = model().train(training)
+    given = draw_patch_queries(built.patches, 6, 1, torch.Generator()) if draws else None
+    with pytest.raises(ValueError, match=complaint):
+        built(images((64, 96)), patches(count, batch=1), given)
