@@ -1,0 +1,213 @@
+"""The set criterion."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import generalized_box_iou
+
+from models.boxes import cxcywh_to_xyxy
+from models.losses import LossWeights, Reconstruction, set_losses
+from models.matching import MatchingCosts, match
+from models.structures import GroupOutput, LayerOutput, Losses, Targets
+from tests.models.test_matching import predictions, targets
+
+COSTS = MatchingCosts()
+WEIGHTS = LossWeights()
+
+
+def group_of(logits: Tensor, boxes: Tensor) -> GroupOutput:
+    layers = tuple(LayerOutput(box, logit, box) for logit, box in zip(logits, boxes, strict=True))
+    return GroupOutput("queries", layers)
+
+
+def features(layers: int, batch: int, queries: int, count: int) -> Reconstruction:
+    generator = torch.Generator().manual_seed(3)
+    return Reconstruction(
+        torch.randn(layers, batch, queries, 6, generator=generator),
+        torch.randn(batch, count, 6, generator=generator),
+    )
+
+
+def plain_layer(
+    logits: Tensor, boxes: Tensor, of: Targets, rebuilt: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """The criterion as DETR and UP-DETR write it, for one layer, picture by picture."""
+    found = match(logits[None], boxes[None], of, COSTS)
+    num_boxes = max(sum(len(labels) for labels in of.labels), 1)
+    wanted = torch.full(logits.shape[:2], 3)
+    distance, overlap, feature = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    for picture, query, target in zip(found.picture, found.query, found.target, strict=True):
+        wanted[picture, query] = of.labels[int(picture)][target]
+        box, true = boxes[picture, query], of.boxes_cxcywh[int(picture)][target]
+        distance = distance + F.l1_loss(box, true, reduction="sum")
+        pair = generalized_box_iou(cxcywh_to_xyxy(box)[None], cxcywh_to_xyxy(true)[None])
+        overlap = overlap + 1 - pair.squeeze()
+        predicted, truth = rebuilt[0][picture, query], rebuilt[1][picture, target]
+        feature = feature + 2 - 2 * F.cosine_similarity(predicted, truth, dim=0)
+    weight = torch.tensor([1, 1, 1, 0.1])
+    return {
+        "loss_ce": F.cross_entropy(logits.transpose(1, 2), wanted, weight),
+        "loss_bbox": distance / num_boxes,
+        "loss_giou": overlap / num_boxes,
+        "loss_feature": feature / num_boxes,
+    }
+
+
+def test_all_layers_at_once_equal_one_after_the_other_forward_and_backward() -> None:
+    logits, boxes = predictions(3, 2, 5)
+    logits.requires_grad_()
+    boxes.requires_grad_()
+    of, rebuilt = targets(2, 4), features(3, 2, 5, 4)
+    losses = set_losses(group_of(logits, boxes), of, WEIGHTS, COSTS, reconstruction=rebuilt)
+    total = torch.zeros(())
+    for layer, suffix in enumerate(("_0", "_1", "")):
+        predicted = (rebuilt.predicted[layer], rebuilt.true)
+        plain = plain_layer(logits[layer], boxes[layer], of, predicted)
+        for name, value in plain.items():
+            torch.testing.assert_close(losses.terms[name + suffix], value.detach())
+        total = total + plain["loss_ce"] + 5 * plain["loss_bbox"]
+        total = total + 2 * plain["loss_giou"] + plain["loss_feature"]
+    torch.testing.assert_close(losses.total, total)
+    ours = torch.autograd.grad(losses.total, (logits, boxes))
+    theirs = torch.autograd.grad(total, (logits, boxes))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("no_object", [0.1, "paper"])
+def test_averaged_gradients_of_unequal_ranks_are_those_of_the_whole_batch(
+    no_object: float | str,
+) -> None:
+    """Ranks hold 1 and 2 pictures, a third one only a blank stand-in."""
+    logits, boxes = predictions(2, 3, 5)
+    weights = LossWeights.model_validate({"no_object": no_object})
+    of = targets(2, 2, 2)
+    whole = _gradient(logits, boxes, of, weights)
+    parts = [slice(0, 1), slice(1, 3), slice(0, 1)]
+    divisors = _divisors(logits, boxes, of, weights, parts)
+    ranks = [
+        _gradient(
+            logits[:, part],
+            boxes[:, part],
+            Targets((torch.zeros(0, 4),), (torch.zeros(0, dtype=torch.int64),))
+            if rank == 2
+            else Targets(of.boxes_cxcywh[part], of.labels[part]),
+            weights,
+            reduce_sum=lambda _: divisors,
+            world_size=3,
+            blank=rank == 2,
+        )
+        for rank, part in enumerate(parts)
+    ]
+    assert float(ranks[2].abs().max()) == 0
+    torch.testing.assert_close(torch.cat(ranks[:2], dim=1) / 3, whole)
+
+
+def _gradient(
+    logits: Tensor,
+    boxes: Tensor,
+    of: Targets,
+    weights: LossWeights,
+    *,
+    reduce_sum: Callable[[Tensor], Tensor] | None = None,
+    world_size: int = 1,
+    blank: bool = False,
+) -> Tensor:
+    """Of the total with respect to logits and boxes, side by side."""
+    leaves = (logits.clone().requires_grad_(), boxes.clone().requires_grad_())
+    losses = set_losses(
+        group_of(*leaves),
+        of,
+        weights,
+        COSTS,
+        reduce_sum=reduce_sum,
+        world_size=world_size,
+        blank=blank,
+    )
+    return torch.cat(torch.autograd.grad(losses.total, leaves), dim=-1)
+
+
+def _divisors(
+    logits: Tensor, boxes: Tensor, of: Targets, weights: LossWeights, parts: Sequence[slice]
+) -> Tensor:
+    """What a sum over the ranks gives: the blank one adds nothing."""
+    local: list[Tensor] = []
+
+    def keep(divisors: Tensor) -> Tensor:
+        local.append(divisors)
+        return divisors
+
+    for rank, part in enumerate(parts):
+        share = Targets(of.boxes_cxcywh[part], of.labels[part])
+        group = group_of(logits[:, part], boxes[:, part])
+        set_losses(group, share, weights, COSTS, reduce_sum=keep, blank=rank == 2)
+    assert float(local[2].abs().max()) == 0
+    return torch.stack(local).sum(0)
+
+
+def test_the_papers_no_object_weight_is_targets_per_query() -> None:
+    """Section 3.2 of UP-DETR: lambda = M / N, here 2 / 5."""
+    logits, boxes = predictions(1, 2, 5)
+    paper = set_losses(
+        group_of(logits, boxes), targets(2, 2), LossWeights(no_object="paper"), COSTS
+    )
+    number = set_losses(group_of(logits, boxes), targets(2, 2), LossWeights(no_object=0.4), COSTS)
+    torch.testing.assert_close(paper.terms["loss_ce"], number.terms["loss_ce"])
+
+
+def test_a_blank_batch_has_zero_loss_and_a_whole_graph() -> None:
+    logits, boxes = predictions(2, 1, 4)
+    logits.requires_grad_()
+    losses = set_losses(group_of(logits, boxes), targets(0), WEIGHTS, COSTS, blank=True)
+    assert losses.total.tolist() == 0
+    losses.total.backward()
+    assert logits.grad is not None
+    assert float(logits.grad.abs().max()) == 0
+
+
+def test_targets_without_a_query_are_counted() -> None:
+    logits, boxes = predictions(1, 2, 3)
+    losses = set_losses(group_of(logits, boxes), targets(5, 1), WEIGHTS, COSTS)
+    assert float(losses.terms["unmatched_targets"]) == 2
+
+
+def test_weights_scale_the_total_and_not_the_terms() -> None:
+    logits, boxes = predictions(2, 2, 4)
+
+    def of(weights: LossWeights) -> Losses:
+        return set_losses(group_of(logits, boxes), targets(1, 2), weights, COSTS)
+
+    only = of(LossWeights(classes=0.0, boxes_l1=3.0, giou=0.0))
+    assert only.terms["loss_giou"] == of(WEIGHTS).terms["loss_giou"]
+    wanted = 3 * (only.terms["loss_bbox"] + only.terms["loss_bbox_0"])
+    torch.testing.assert_close(only.total, wanted)
+
+
+def test_losses_are_float32_under_autocast() -> None:
+    logits, boxes = predictions(2, 2, 4)
+    plain = set_losses(group_of(logits, boxes), targets(1, 2), WEIGHTS, COSTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = set_losses(group_of(logits, boxes), targets(1, 2), WEIGHTS, COSTS)
+    assert torch.equal(plain.total, mixed.total)
+
+
+class _Readings(TorchDispatchMode):
+    """Counts the values that the host waits for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += "_local_scalar_dense" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_single_value_is_read_back_from_the_device() -> None:
+    """The costs are copied as one tensor; an `.item()` would make the host wait once more."""
+    logits, boxes = predictions(3, 2, 5)
+    of, rebuilt = targets(2, 4), features(3, 2, 5, 4)
+    with _Readings() as readings:
+        set_losses(group_of(logits, boxes), of, WEIGHTS, COSTS, reconstruction=rebuilt)
+    assert readings.count == 0
