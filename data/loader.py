@@ -110,12 +110,16 @@ def cut_sample(
 
 
 def pack_cut(
-    source: StreamSource, cut: Sequence[CutPicture | SkippedPicture], step: int
+    source: StreamSource,
+    cut: Sequence[CutPicture | SkippedPicture],
+    step: int,
+    shared: bool = False,
 ) -> PackedPatchBatch:
     """The pictures as one part of a batch, with the names of those that there are not."""
     pictures = [picture for picture in cut if isinstance(picture, CutPicture)]
     skipped = [picture for picture in cut if isinstance(picture, SkippedPicture)]
-    return pack(pictures, skipped, step, source.num_patches, source.patches.patch_size)
+    num_patches, side = source.num_patches, source.patches.patch_size
+    return pack(pictures, skipped, step, num_patches, side, shared)
 
 
 def _parts(
@@ -123,6 +127,7 @@ def _parts(
 ) -> Iterator[LoaderPart]:
     reader = RangeReader(source.index.url, source.storage_options, settings.reading)
     num_batches = batches_per_epoch(source.index, source.global_batch, source.order)
+    shared = get_worker_info() is not None
     steps = stream_samples(
         source.index, source.seed, source.global_batch, source.order, streams, first_step,
         reader, settings.reading,
@@ -134,7 +139,7 @@ def _parts(
                 cut_sample(source, epoch, stream, sample, _short_side(source, epoch, batch, sample))
                 for stream, sample in zip(streams, samples, strict=True)
             ]
-            yield LoaderPart(pack_cut(source, cut, step), reader.take_counters())
+            yield LoaderPart(pack_cut(source, cut, step, shared), reader.take_counters())
 
 
 def _short_side(source: StreamSource, epoch: int, batch: int, sample: Sample) -> int:
