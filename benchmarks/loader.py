@@ -93,6 +93,7 @@ def print_table(conditions: Conditions, per_epoch: int, epochs: int, repeat: int
     for _ in range(repeat):
         for way in ways:
             costs[way].append(milliseconds_per_picture(way, per_epoch, epochs, conditions))
+            print(f"{way}: {costs[way][-1]:.2f} ms", file=sys.stderr, flush=True)
     reference = statistics.median(costs.get("reference", [float("nan")]))
     for way in ways:
         median = statistics.median(costs[way])
