@@ -1,5 +1,4 @@
-"""Multi-head attention (Vaswani et al., NeurIPS 2017, section 3.2), fused, with the weights on
-request only.
+"""Fused multi-head attention, its weights on request only (Vaswani et al., NeurIPS 2017, 3.2).
 
 Tensor names and shapes are those of `torch.nn.MultiheadAttention`, so that published weights fit.
 That module computes and averages the attention weights at every call unless told otherwise; here

@@ -5,6 +5,7 @@ is most of a UP-DETR step (75 % of the FLOPs of the public code, measured: ResNe
 patches).
 """
 
+from collections.abc import Callable
 from typing import Literal, Self, assert_never
 
 import torch
@@ -104,6 +105,11 @@ class Backbone(nn.Module):
                 self._folded = self.body.fold(precision)
             self._folded_from = state
         return self._folded
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """A move may put new values where the old ones lay, so the folded weights go first."""
+        self._folded = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles carry the weights alone; the folded ones are made from them when

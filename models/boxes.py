@@ -1,5 +1,4 @@
-"""Boxes: the two frames and the overlaps between boxes (generalized IoU: Rezatofighi et al., CVPR
-2019, eq. 1).
+"""Boxes: their two frames and their overlaps (generalized IoU: Rezatofighi et al., CVPR 2019).
 
 `cxcywh` is (centre x, centre y, width, height), `xyxy` is (left, top, right, bottom); the functions
 take any unit and any leading axes, so one call serves all decoder layers and pictures at once.

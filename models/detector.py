@@ -1,5 +1,4 @@
-"""DETR: a CNN, a transformer and a fixed number of object queries that each say one box (Carion et
-al., ECCV 2020).
+"""DETR: a CNN, a transformer, and object queries that each say one box (Carion et al., ECCV 2020).
 
 One architecture for all detectors: `encode` turns pictures into a memory, `decode` lets groups of
 queries read it with shared weights. UP-DETR adds its patches to the queries outside

@@ -1,5 +1,4 @@
-"""The set criterion of DETR (section 3.1, appendix A.2) and UP-DETR's feature reconstruction
-(section 3.3).
+"""The set criterion (DETR, section 3.1) and feature reconstruction (UP-DETR, section 3.3).
 
 Every decoder layer is matched and supervised for itself; all layers are computed in one go. Terms
 have the names of the public code: the last layer bare (`loss_ce`), layer l with the suffix `_l`.

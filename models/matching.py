@@ -1,5 +1,4 @@
-"""Matching: which query answers for which target (DETR, section 3.1), for all decoder layers and
-pictures at once.
+"""Matching: which query answers for which target, all layers and pictures at once (DETR, 3.1).
 
 The costs of a query with the targets of its own picture are made on the device in float32, for all
 layers in one go (the public code makes the product of all pictures, of which it uses one part in

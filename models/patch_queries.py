@@ -1,5 +1,4 @@
-"""UP-DETR: object queries that look for given patches of the picture (Dai et al., CVPR 2021,
-section 3).
+"""UP-DETR: object queries that look for given patches (Dai et al., CVPR 2021, section 3).
 
 The N queries are shared evenly between M query patches: query n searches for patch n // (N / M).
 What it searches for, the pooled CNN feature of the patch, is projected and added to its position

@@ -1,6 +1,4 @@
-"""Where a token stands in its picture, as a vector (DETR, appendix A.4; Vaswani et al., NeurIPS
-2017, section 3.5).
-"""
+"""Where a token stands in its picture, as a vector (DETR, appendix A.4)."""
 
 import math
 from typing import Literal

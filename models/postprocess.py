@@ -1,6 +1,4 @@
-"""From what the last decoder layer says to boxes in pixels (DETR, section 3.1): no threshold, no
-suppression.
-"""
+"""From the last decoder layer to boxes in pixels: no threshold, no suppression (DETR, 3.1)."""
 
 from dataclasses import dataclass
 

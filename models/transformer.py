@@ -1,5 +1,4 @@
-"""Encoder and decoder layers of DETR (Carion et al., ECCV 2020, section 3.2 and appendix A.3),
-batch first.
+"""Encoder and decoder layers of DETR, batch first (Carion et al., ECCV 2020, 3.2, A.3).
 
 Positions are added to queries and keys at every attention, never to values. Post-norm (DETR)
 normalises after each residual sum, pre-norm (UP-DETR's public weights) before each sublayer;

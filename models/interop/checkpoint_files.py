@@ -1,6 +1,4 @@
-"""Reading tensors out of somebody else's checkpoint, from any path or fsspec URL, without running
-its code.
-"""
+"""Tensors out of others' checkpoints, from any path or URL, without running their code."""
 
 import argparse
 import io

@@ -1,5 +1,4 @@
-"""Checkpoints with the tensor names of DETR and UP-DETR (facebookresearch/detr, dddzg/up-detr), in
-and out.
+"""Checkpoints with the tensor names of facebookresearch/detr and dddzg/up-detr, in and out.
 
 Pretraining files hold `patch2query` and, with reconstruction, `feature_align` besides the detector;
 finetuned files and DETR's own do not. Pre-norm is told by `transformer.encoder.norm`. Heads and

@@ -1,5 +1,4 @@
-"""Putting the tensors of a checkpoint into a module: all of them, or an error that says which do
-not fit.
+"""Putting a checkpoint's tensors into a module: all of them, or an error that says which misfit.
 
 `strict=False`, as the public code loads, drops what it does not know without a word: a pre-norm
 file in a post-norm model loses `transformer.encoder.norm` and nothing is said.
