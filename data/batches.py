@@ -25,8 +25,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 BLANK_ID = -1
 """Sample id of the empty picture that stands in where every picture of a batch is broken."""
-BLANK_KEY = "(blank)"
-"""Key of that picture."""
 _BLANK_SIDE = 64
 
 _ALIGNMENT = 64
@@ -87,7 +85,7 @@ class PackedPatchBatch:
     skipped: tuple[SkippedPicture, ...] = ()
     """Pictures of this batch that could not be used; nothing takes their place."""
     blank: bool = False
-    """True where all pictures were skipped and one empty picture stands in."""
+    """True where all pictures were skipped: one empty picture stands in, without key or stream."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ def to_device(packed: PackedPatchBatch, device: torch.device) -> PatchBatch:
         images=Images(pixels, padding, on_device.sizes),
         patches=_normalised(levels).view(count, num_patches, *levels.shape[1:]),
         targets=Targets(tuple(on_device.boxes_cxcywh.unbind()), (labels,) * count),
-        keys=() if packed.blank else packed.keys,
+        keys=packed.keys,
         sample_ids=host.ids,
         skipped=tuple(picture.key for picture in packed.skipped),
         blank=packed.blank,
@@ -295,7 +293,7 @@ def _blank(
     num_patches, side = part.shape.num_patches, part.shape.patch_size
     shape = BatchShape(1, _BLANK_SIDE, _BLANK_SIDE, num_patches, side, has_draws=False)
     buffer = _empty(_num_bytes(shape), pin).zero_()
-    blank = PackedPatchBatch(buffer, shape, part.step, (-1,), (BLANK_KEY,), skipped, blank=True)
+    blank = PackedPatchBatch(buffer, shape, part.step, (), (), skipped, blank=True)
     views = views_of(blank)
     views.ids[0] = BLANK_ID
     views.sizes[0] = _BLANK_SIDE

@@ -166,20 +166,33 @@ def _end_with_training() -> None:
 
 
 def _received(iterator: Iterator[LoaderPart | LoaderFailure]) -> LoaderPart:
-    """The next part; the loader's own error as one line where its process died."""
+    """The next part; one line where its loader process cannot go on or died."""
     try:
         part = next(iterator)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, EOFError, OSError) as error:
+        if not _tells_of_death(error, iterator):
             raise
         raise StreamError(
-            f"a loader process died ({' '.join(str(error).split())}): out of memory, or of shared "
-            "memory (/dev/shm); use a smaller order.block, fewer processes or parts_ahead, or more "
-            "memory, then resume"
+            f"a loader process died ({' '.join(str(error).split()) or type(error).__name__}): out "
+            "of memory, or of shared memory (/dev/shm); use a smaller order.block, fewer processes "
+            "or parts_ahead, or more memory, then resume"
         ) from error
     if isinstance(part, LoaderFailure):
         raise StreamError(part.message)
     return part
+
+
+def _tells_of_death(error: Exception, iterator: Iterator[LoaderPart | LoaderFailure]) -> bool:
+    """Whether an error of DataLoader means that a process is gone.
+
+    It says so itself, or the part's shared memory could not be had from the process that made it,
+    which DataLoader notices only a moment later. An error that a process raised has its traceback.
+    """
+    if not isinstance(iterator, _MultiProcessingDataLoaderIter):
+        return False
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    return "Original Traceback" not in str(error)
 
 
 def _stop(iterator: Iterator[LoaderPart | LoaderFailure]) -> None:

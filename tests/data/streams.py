@@ -49,7 +49,7 @@ def pictures_of(batches: Iterable[PackedPatchBatch]) -> Pictures:
     pictures: Pictures = {}
     for batch in batches:
         views = views_of(batch)
-        for row, stream in enumerate(() if batch.blank else batch.streams):
+        for row, stream in enumerate(batch.streams):
             height, width = views.sizes[row].tolist()
             parts = (
                 views.pictures[row, :height, :width],

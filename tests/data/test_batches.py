@@ -7,7 +7,6 @@ from torch import Tensor
 
 from data.batches import (
     BLANK_ID,
-    BLANK_KEY,
     IMAGENET_MEAN,
     IMAGENET_STD,
     CutPicture,
@@ -60,7 +59,7 @@ def test_a_part_without_pictures_joins_and_its_skipped_ones_are_kept() -> None:
 def test_a_batch_of_broken_pictures_is_one_blank_picture_that_says_so() -> None:
     batch = to_device(join([pack([], [BROKEN], 7, 2, 4)]), CPU)
     assert batch.blank
-    assert batch.keys == (BLANK_KEY,)
+    assert batch.keys == ()
     assert batch.skipped == ("broken",)
     assert batch.sample_ids.tolist() == [BLANK_ID]
     assert batch.images.pixels.shape == (1, 3, 64, 64)

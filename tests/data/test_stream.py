@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from data.batches import BLANK_KEY, views_of
+from data.batches import views_of
 from data.held_out import held_out_batches, read_samples
 from data.index import ShardIndex
 from data.loader import StreamSettings
@@ -232,7 +232,7 @@ def test_a_rank_whose_pictures_are_all_broken_gets_a_blank_batch(tmp_path: Path)
         for rank in range(8)
     ]
     (blank,) = (batch for batch in batches if batch.blank)
-    assert blank.keys == (BLANK_KEY,)
+    assert blank.keys == ()
     assert [picture.key for picture in blank.skipped] == ["picture00003"]
 
 
