@@ -50,8 +50,9 @@ def train(job: Job[B], surroundings: Surroundings, start: Position) -> Position:
     job.model.train()
     while position.step < job.plan.total_steps:
         rates = set_learning_rates(optimiser, job.schedule, position.step)
-        generator = seed_step(job.seed, position.step, job.world.rank)
         batches = reporter.wait_for_batches()
+        # After the batches: loader processes that start draw from the global state too.
+        generator = seed_step(job.seed, position.step, job.world.rank)
         losses = _differentiate(job, batches, generator)
         norm = gradient_norm(parameters)
         wishes = (surroundings.stop(), reporter.wants_checkpoint(position))
