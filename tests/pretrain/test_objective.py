@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.patch_queries import PatchDetector
-from models.structures import Images, PatchBatch, Targets, padding_of
+from models.structures import Images, Losses, PatchBatch, Targets, padding_of
 from pretrain.objective import PatchObjective
 from pretrain.recipe import PretrainRecipe
 from pretrain.weights import blank_model
@@ -36,7 +36,7 @@ def batch(blank: bool = False) -> PatchBatch:
     )
 
 
-def losses_of(model: PatchDetector, recipe: PretrainRecipe, given: PatchBatch):
+def losses_of(model: PatchDetector, recipe: PretrainRecipe, given: PatchBatch) -> Losses:
     return PatchObjective(recipe, ALONE)(model, given, torch.Generator().manual_seed(1))
 
 
