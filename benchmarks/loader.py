@@ -6,14 +6,13 @@ Both with --processes loader processes and --batch pictures a batch, until the b
 main process: the reference's as normalised floats, ours packed as bytes, once with the colour
 changes made, once with them left to the training device, and once with the first normalised to
 floats here as well (a training device does that otherwise). Each measurement is a fresh process,
-which reports its CPU time, that of its loader processes included; the slope between a short and a
-long run is the cost of a picture without what starting costs. The ways take turns, so that other
-load on the machine falls on all of them.
+which counts the CPU time of itself and its loader processes once it is warm. The ways take turns,
+so that other load on the machine falls on all of them.
 """
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing.forkserver import _forkserver
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -58,8 +56,8 @@ class Conditions:
 def main() -> None:
     """Reads the arguments and prints the table, or measures once."""
     if sys.argv[1:2] == ["--measure"]:
-        way, batches, conditions = json.loads(sys.argv[2])
-        print(cpu_seconds(way, batches, Conditions(**conditions)))
+        way, warm, measured, conditions = json.loads(sys.argv[2])
+        print(cpu_seconds(way, warm, measured, Conditions(**conditions)))
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -110,40 +108,57 @@ def print_table(conditions: Conditions, per_epoch: int, epochs: int, repeat: int
 def milliseconds_per_picture(
     way: Way, per_epoch: int, epochs: int, conditions: Conditions
 ) -> float:
-    """CPU time that more batches add to a run, per picture.
+    """CPU time per picture of a fresh process, its loader processes included, once warm.
 
     The stream reads an epoch's bytes in blocks, so it runs whole epochs; the reference costs so
     much more that two thirds of one are enough.
     """
-    start, extra = per_epoch, per_epoch * epochs
+    warm, measured = per_epoch, per_epoch * epochs
     if way == "reference":
-        start, extra = max(2, per_epoch // 10), max(2, per_epoch * 2 // 3)
-    short, long = (
-        float(_in_fresh_process(way, batches, conditions)) for batches in (start, start + extra)
-    )
-    return 1e3 * (long - short) / (extra * conditions.batch)
-
-
-def _in_fresh_process(way: Way, batches: int, conditions: Conditions) -> str:
-    job = json.dumps([way, batches, vars(conditions)])
+        warm, measured = max(2, per_epoch // 10), max(2, per_epoch * 2 // 3)
+    job = json.dumps([way, warm, measured, vars(conditions)])
     command = [sys.executable, "-m", "benchmarks.loader", "--measure", job]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return 1e3 * float(answer.split()[-1]) / (measured * conditions.batch)
 
 
-def cpu_seconds(way: Way, batches: int, conditions: Conditions) -> float:
-    """CPU time of this process and its loader processes after loading so many batches."""
+def cpu_seconds(way: Way, warm: int, measured: int, conditions: Conditions) -> float:
+    """CPU time of this process and those below it while `measured` batches come, after `warm`."""
     torch.set_num_threads(1)
-    loaded = 0
-    source = _reference(batches, conditions) if way == "reference" else _ours(way, conditions)
+    if way == "reference":
+        # More than is measured, so that it is as busy at the end as at the beginning.
+        source = _reference(warm + 2 * measured, conditions)
+    else:
+        source = _ours(way, conditions)
     with closing(source):
-        for _ in islice(source, batches):
-            loaded += 1
-    if loaded != batches:
-        raise SystemExit(f"{way}: {loaded} of {batches} batches came")
-    # Its children's time counts here only after it has been waited for.
-    _forkserver._stop()
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+        for _ in islice(source, warm):
+            pass
+        before = _tree_seconds()
+        loaded = sum(1 for _ in islice(source, measured))
+        after = _tree_seconds()
+    if loaded != measured:
+        raise SystemExit(f"{way}: {loaded} of {measured} batches came")
+    return after - before
+
+
+def _tree_seconds() -> float:
+    """CPU time so far of this process and all below it (Linux: /proc).
+
+    A fork server's loader processes are nobody's waited-for children while they live, so
+    `getrusage` would not see them.
+    """
+    parents, ticks = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while being looked at
+        pid = int(stat.parent.name)
+        parents[pid], ticks[pid] = int(fields[1]), int(fields[11]) + int(fields[12])
+    tree = {os.getpid()}
+    while grown := {pid for pid, parent in parents.items() if parent in tree} - tree:
+        tree |= grown
+    return sum(ticks[pid] for pid in tree) / os.sysconf("SC_CLK_TCK")
 
 
 def _ours(way: Way, conditions: Conditions) -> Iterator[object]:
