@@ -16,9 +16,18 @@ def kill_tree(pid: int) -> list[int]:
         for number in front:
             _signal(number, signal.SIGSTOP)
         found += front
-        front = [child for child, parent in _parents() if parent in front and child not in found]
+        front = [number for number in descendants(pid) if number not in found]
     for number in found:
         _signal(number, signal.SIGKILL)
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that descend from it, parents first."""
+    pairs = _parents()
+    found = [pid]
+    for number in found:
+        found += [child for child, parent in pairs if parent == number]
     return found
 
 
