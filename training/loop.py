@@ -23,7 +23,7 @@ from training.optimiser import (
     set_learning_rates,
     trainable_parameters,
 )
-from training.parallel import averaging
+from training.parallel import averaging, is_averaged
 from training.reporting import Reporter, Verdict
 from training.snapshot import Position, TrainingState
 from training.world import all_reduce_sum, gather_objects
@@ -51,6 +51,8 @@ def train(job: Job[B], surroundings: Surroundings, start: Position) -> Position:
     while position.step < job.plan.total_steps:
         rates = set_learning_rates(optimiser, job.schedule, position.step)
         batches = reporter.wait_for_batches()
+        if position.step == start.step and is_averaged(job.model):
+            _settle_buckets(job, batches)
         # After the batches: loader processes that start draw from the global state too.
         generator = seed_step(job.seed, position.step, job.world.rank)
         losses = _differentiate(job, batches, generator)
@@ -72,6 +74,16 @@ def train(job: Job[B], surroundings: Surroundings, start: Position) -> Position:
             break
     surroundings.checkpoints.flush()
     return position
+
+
+def _settle_buckets(job: Job[B], batches: Sequence[B]) -> None:
+    """One pass for nothing: DDP arranges its buckets by the order of its first gradients.
+
+    Buckets decide in which order the gradients of three or more workers are added. Without this a
+    resumed run's first update would differ from the uninterrupted run's in its last bits (seen).
+    """
+    _differentiate(job, batches, torch.Generator().manual_seed(0))
+    job.state.optimiser.zero_grad(set_to_none=True)
 
 
 def seed_step(seed: int, step: int, rank: int) -> torch.Generator:
@@ -181,6 +193,6 @@ def _give_up_after(max_bad_steps: int, position: Position, bad: BadStep) -> None
     raise NonFiniteLoss(
         f"step {bad.step}: {position.bad_in_a_row} updates in a row were not finite, loss "
         f"{guilty[0][1]}, gradient norm {bad.grad_norm}, pictures "
-        f"{', '.join(keys[:8])}{more}; the last checkpoint is good: resume it with a lower "
-        "optimiser.lr or loop.precision=float32"
+        f"{', '.join(keys[:8])}{more}; the last checkpoint is good: start a new run "
+        "from it with init=RUN and a lower optimiser.lr, or loop.precision=float32"
     )

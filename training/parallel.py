@@ -25,12 +25,19 @@ def parallel_model(model: nn.Module, world: World, compiled: bool) -> nn.Module:
             f"{world.size} workers and no process group; start them through the cluster floor or "
             "call torch.distributed.init_process_group first"
         )
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
+    # As an argument it is deprecated from torch 2.15 on; as an attribute it is the same in all.
+    wrapped.broadcast_buffers = False
+    return wrapped
+
+
+def is_averaged(model: nn.Module) -> bool:
+    """Whether backward passes of the model average gradients over the workers."""
+    return isinstance(model, DistributedDataParallel)
 
 
 def averaging(model: nn.Module, is_last: bool) -> AbstractContextManager[None]:

@@ -217,8 +217,8 @@ def test_too_many_bad_steps_in_a_row_end_the_run_naming_step_and_pictures() -> N
         train(small_job(state, settings, batches=batches), surroundings(kept), Position())
     assert str(caught.value) == (
         "step 5: 2 updates in a row were not finite, loss nan, gradient norm nan, pictures b4p0, "
-        "b4p1, b4p2; the last checkpoint is good: resume it with a lower optimiser.lr or "
-        "loop.precision=float32"
+        "b4p1, b4p2; the last checkpoint is good: start a new run from it with init=RUN and a "
+        "lower optimiser.lr, or loop.precision=float32"
     )
     assert [step for step, _ in kept.saved] == [1, 2, 3, 4]
     assert all(torch.isfinite(p).all() for p in state.model.parameters())

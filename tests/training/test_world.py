@@ -1,4 +1,4 @@
-"""Two workers agree, and train as one."""
+"""Workers agree, train as one, and resume to the last bit."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,14 +17,14 @@ from tests.training.small import (
     surroundings,
 )
 from tests.training.test_loop import squares
-from tests.training.workers import on_two_workers
+from tests.training.workers import on_workers
 from training.checkpoint import load_newest, resume, save_checkpoint
 from training.job import LoopSettings
 from training.loop import NonFiniteLoss, train
 from training.metrics import Journal, StepRecord, read_metrics
 from training.parallel import parallel_model
 from training.run_folder import open_run_folder
-from training.snapshot import Position, take_snapshot
+from training.snapshot import Position, TrainingState, restore, take_snapshot
 from training.uploads import Uploads
 from training.world import World, all_reduce_sum, barrier, broadcast_object, gather_objects
 
@@ -141,15 +141,60 @@ def resume_together(rank: int, folder: Path) -> None:
     assert resume(gone, state, world) == Position()
 
 
+def keep_buffers(rank: int, folder: Path) -> None:
+    """Each worker's own buffer stays; a broadcast would also make a frozen backbone fold anew."""
+    model = torch.nn.Linear(4, 2)
+    model.register_buffer("constant", torch.zeros(1))
+    wrapped = parallel_model(model, World(rank, 2, CPU), compiled=False)
+    model.constant.fill_(rank)
+    wrapped(torch.ones(3, 4)).sum().backward()
+    assert model.constant.item() == rank
+    assert model.weight.grad.tolist() == [[3.0] * 4] * 2
+
+
 @pytest.mark.parametrize(
-    "function", [exchange_words, stop_together, fail_together, resume_together]
+    "function", [exchange_words, stop_together, fail_together, resume_together, keep_buffers]
 )
 def test_two_workers(function: object, tmp_path: Path) -> None:
-    on_two_workers(function, tmp_path)
+    on_workers(function, tmp_path)
+
+
+def train_and_resume(rank: int, folder: Path) -> None:
+    """Four updates in one go, and the same ones by two starts, of three workers."""
+    world, settings = World(rank, 3, CPU), LoopSettings(steps=4)
+    ends = []
+    for stops in ((4,), (2, 4)):
+        kept = deep_state()
+        for stop in stops:
+            state = deep_state()
+            restore(state, take_snapshot(kept, Position(), 3), "kept")
+            start = Position(step=0 if stop == stops[0] else stops[0])
+            job = replace(
+                small_job(state, settings, start, objective=squares),
+                batches=(number_batch(3 * number + rank) for number in range(start.step, 99)),
+                model=parallel_model(state.model, world, compiled=False),
+                world=world,
+            )
+            polls = iter(range(start.step + 1, 99))
+            around = replace(surroundings(), stop=lambda: next(polls) == stop)  # noqa: B023
+            assert train(job, around, start).step == stop
+            kept = state
+        ends.append([parameter.detach() for parameter in kept.model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+def deep_state() -> TrainingState:
+    torch.manual_seed(2)
+    layers = [torch.nn.Linear(4 if depth == 0 else 40, 40) for depth in range(6)]
+    return small_state(model=torch.nn.Sequential(*layers))
+
+
+def test_three_workers_resume_to_the_last_bit(tmp_path: Path) -> None:
+    on_workers(train_and_resume, tmp_path, size=3)
 
 
 def test_two_workers_with_unequal_parts_train_as_one(tmp_path: Path) -> None:
-    on_two_workers(train_together, tmp_path)
+    on_workers(train_together, tmp_path)
     for accumulate in (1, 2):
         ends = [torch.load(tmp_path / f"accumulate{accumulate}_{rank}.pt") for rank in range(2)]
         assert torch.equal(ends[0][0]["weight"], ends[1][0]["weight"])

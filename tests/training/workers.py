@@ -1,4 +1,4 @@
-"""Processes for tests that need two workers, or one to kill; forked where torch is loaded."""
+"""Processes for tests that need some workers, or one to kill; forked where torch is loaded."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -18,11 +18,12 @@ def workers_context() -> ForkServerContext:
     return context
 
 
-def on_two_workers(function: Callable[[int, Path], None], folder: Path) -> None:
-    """Runs `function(rank, folder)` on two workers of one gloo group; fails where one fails."""
+def on_workers(function: Callable[[int, Path], None], folder: Path, size: int = 2) -> None:
+    """Runs `function(rank, folder)` on the workers of one gloo group; fails where one fails."""
     context = workers_context()
     workers = [
-        context.Process(target=_as_worker, args=(function, rank, folder)) for rank in range(2)
+        context.Process(target=_as_worker, args=(function, rank, size, folder))
+        for rank in range(size)
     ]
     for worker in workers:
         worker.start()
@@ -31,13 +32,13 @@ def on_two_workers(function: Callable[[int, Path], None], folder: Path) -> None:
     codes = [worker.exitcode for worker in workers]
     for worker in workers:
         worker.kill()
-    assert codes == [0, 0], f"workers ended with {codes}, see their errors above"
+    assert codes == [0] * size, f"workers ended with {codes}, see their errors above"
 
 
-def _as_worker(function: Callable[[int, Path], None], rank: int, folder: Path) -> None:
+def _as_worker(function: Callable[[int, Path], None], rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=size
     )
     try:
         function(rank, folder)
