@@ -136,16 +136,17 @@ class RunFolder:
     @contextmanager
     def spool(self) -> Iterator[Path]:
         """A fresh local folder to prepare files in, on the disk of a local run; gone afterwards."""
-        parent = Path(self.root) / SPOOL if self.is_local else None
+        parent = Path(self.root) if self.is_local else None
         if parent:
             parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent, prefix="querypatch-") as spool:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=SPOOL) as spool:
             yield Path(spool)
 
     def clear_spool(self) -> None:
         """Removes what killed processes left half-prepared; for the run's one writer."""
         if self.is_local:
-            shutil.rmtree(Path(self.root) / SPOOL, ignore_errors=True)
+            for left in Path(self.root).glob(f"{SPOOL}*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _put_once(self, source: Path, name: str) -> None:
         if self.is_local:
@@ -188,8 +189,8 @@ class RunFolder:
         ) from problem
 
 
-SPOOL = ".writing"
-"""Folder of half-prepared files inside a local run."""
+SPOOL = ".writing-"
+"""How folders of half-prepared files are called, inside a local run and elsewhere."""
 
 
 def open_run_folder(

@@ -21,6 +21,8 @@ class Moods:
     cut_puts: int = 0
     """Puts that store half a file and tell nobody."""
     error: Exception = field(default_factory=lambda: OSError("503 slow down"))
+    may_delete: bool = True
+    """False where deletes are refused, even of what is not there."""
     kill_at: int | None = None
     """Number of the write or delete, 0 first, before which the process is killed."""
     writes: int = 0
@@ -51,6 +53,8 @@ class StumblingFileSystem(MemoryFileSystem):
             self.pipe_file(rpath, data[: len(data) // 2])
 
     def rm_file(self, path: str) -> None:
+        if not self.moods.may_delete:
+            raise PermissionError("AccessDenied")
         if self.exists(path):
             self._count()
         super().rm_file(path)

@@ -337,6 +337,20 @@ def test_the_writer_stores_in_order_in_the_background_and_outlives_failures(
     assert [m.step for m in list_checkpoints(folder)] == [5, 2, 1]
 
 
+def test_a_store_that_allows_no_deletes_keeps_all_checkpoints_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = stumbling_folder(Moods(may_delete=False))
+    uploads = Uploads()
+    writer = CheckpointWriter(folder, uploads, RetentionSettings(keep_last=1), ALONE, "digest")
+    for step in (1, 2):
+        writer.save(small_state(), Position(step=step), {})
+    uploads.close()
+    assert (uploads.failures, [m.step for m in list_checkpoints(folder)]) == (0, [2, 1])
+    (warning,) = caplog.messages
+    assert warning.startswith("older checkpoints stay: may not delete stumbling://run/checkpoints/")
+
+
 def test_only_the_first_worker_writes() -> None:
     moods = Moods()
     uploads = Uploads()

@@ -94,7 +94,7 @@ def test_a_local_file_is_replaced_in_one_move(
     with pytest.raises(StoreError, match=r"could not write .*/x in 2 attempts: .*No space left"):
         folder.write("x", b"newest")
     assert (tmp_path / "x").read_bytes() == b"newer"
-    assert os.listdir(tmp_path / ".writing") == []  # noqa: PTH208
+    assert os.listdir(tmp_path) == ["x"]  # noqa: PTH208
 
 
 def test_waiting_between_attempts_doubles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,10 +161,10 @@ def test_the_record_keeps_recipe_and_every_start(tmp_path: Path) -> None:
 
 def test_a_new_start_clears_what_a_killed_one_left_half_prepared(tmp_path: Path) -> None:
     folder = open_run_folder(str(tmp_path))
-    (tmp_path / ".writing/querypatch-1").mkdir(parents=True)
-    (tmp_path / ".writing/querypatch-1/state.pt").write_bytes(b"half")
+    (tmp_path / ".writing-1").mkdir(parents=True)
+    (tmp_path / ".writing-1/state.pt").write_bytes(b"half")
     begin_record(folder, Recipe(), 0, ALONE)
-    assert list((tmp_path / ".writing").iterdir()) == []
+    assert folder.names("") == ["environment.json", "recipe.yaml"]
 
 
 def test_the_commit_is_of_our_own_checkout() -> None:
