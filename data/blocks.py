@@ -41,8 +41,9 @@ def stream_samples(
 ) -> Generator[tuple[Sample, ...], None, None]:
     """For every step from `first_step` on, the samples of `streams` in that global batch.
 
-    Endless. A step counts batches since the beginning of epoch 0. Raises ShardReadError or
-    DamagedShardError where a shard cannot be read. Close the iterator to stop its threads.
+    Endless. A step counts batches since the beginning of epoch 0. Raises ShardReadError,
+    DamagedShardError or StorageUnreachable where a shard cannot be read. Close the iterator to stop
+    its threads.
     """
     blocks = _blocks(index, seed, global_batch, order, streams, first_step, reading)
     executor = ThreadPoolExecutor(reading.threads, thread_name_prefix="shard-reader")

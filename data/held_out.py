@@ -19,8 +19,8 @@ def read_samples(
 ) -> Iterator[Sample]:
     """The samples with these ids, in this order; neighbours are read together, one read at a time.
 
-    Raises ShardReadError or DamagedShardError where a shard cannot be read, ValueError for an
-    unknown id.
+    Raises ShardReadError, DamagedShardError or StorageUnreachable where a shard cannot be read,
+    ValueError for an unknown id.
     """
     reading = reading or ReadingSettings()
     reader = RangeReader(index.url, storage_options or {}, reading)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from data.storage import Folder, StorageOptions, open_folder, put_bytes
+from data.storage import Folder, StorageOptions, StorageUnreachable, open_folder, put_bytes
 
 INDEX_NAME = "index.json"
 _FORMAT = "querypatch shards"
@@ -67,7 +67,8 @@ class ShardIndex:
 def read_index(url: str, storage_options: StorageOptions | None = None) -> ShardIndex:
     """The index of the shards in the folder `url`; 1.28 M samples take about a second.
 
-    Raises ShardIndexError where there is none, or it is damaged or of another version.
+    Raises ShardIndexError where there is none that may be read, or it is damaged or of another
+    version; StorageUnreachable where the storage does not answer.
     """
     folder = open_folder(url, storage_options)
     try:
@@ -77,10 +78,13 @@ def read_index(url: str, storage_options: StorageOptions | None = None) -> Shard
             f"{folder.url} has no {INDEX_NAME}: run `querypatch shards index {folder.url}` if "
             "shards are there, or `querypatch shards write` to make them"
         ) from error
-    except OSError as error:
+    except PermissionError as error:
         raise ShardIndexError(
-            f"cannot read {folder.url}/{INDEX_NAME} ({error}): check the URL, the credentials and "
-            "the network"
+            f"may not read {folder.url}/{INDEX_NAME} ({error}): check the URL and the credentials"
+        ) from error
+    except OSError as error:
+        raise StorageUnreachable(
+            f"cannot read {folder.url}/{INDEX_NAME} ({error}): check the URL and the network"
         ) from error
     return _parsed(text, folder)
 

@@ -20,6 +20,7 @@ from data.pictures import BrokenPicture, decode_picture
 from data.randomness import sample_generator
 from data.reading import RangeReader, ReadCounters, ReadingSettings, ShardReadError
 from data.samples import DamagedShardError, Sample, picture_bytes
+from data.storage import StorageUnreachable
 from models.settings import Settings
 
 
@@ -66,6 +67,8 @@ class LoaderFailure:
     """Why a loader process cannot go on; sent as a value, so that one line arrives."""
 
     message: str
+    may_pass: bool
+    """True where a later start may succeed: the storage does not answer."""
 
 
 class LoaderParts(IterableDataset[LoaderPart | LoaderFailure]):
@@ -87,7 +90,9 @@ class LoaderParts(IterableDataset[LoaderPart | LoaderFailure]):
         try:
             yield from _parts(self._source, self._settings, streams, self._first_step)
         except (ShardReadError, DamagedShardError) as error:
-            yield LoaderFailure(str(error))
+            yield LoaderFailure(str(error), may_pass=False)
+        except StorageUnreachable as error:
+            yield LoaderFailure(str(error), may_pass=True)
 
 
 def cut_sample(

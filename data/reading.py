@@ -27,7 +27,7 @@ from data.byte_cache import ByteCache
 from data.index import Shard
 from data.ranges import SampleRange
 from data.samples import Sample, parse_samples
-from data.storage import StorageOptions, open_folder
+from data.storage import StorageOptions, StorageUnreachable, open_folder
 from models.settings import Settings
 
 _LOG = logging.getLogger(__name__)
@@ -116,13 +116,16 @@ class RangeReader:
         self._lock = Lock()
 
     def samples(self, wanted: SampleRange) -> tuple[Sample, ...]:
-        """The samples of a range, in order; ShardReadError or DamagedShardError."""
+        """The samples of a range, in order; DamagedShardError, or as `read`."""
         shard, last = wanted.shard, wanted.first + wanted.count
         data = self.read(shard, int(shard.offsets[wanted.first]), int(shard.offsets[last]))
         return parse_samples(data, shard.name, wanted.first_id, wanted.count)
 
     def read(self, shard: Shard, start: int, end: int) -> bytes:
-        """Bytes `start` to `end` (not included) of a shard, all of them, or ShardReadError."""
+        """Bytes `start` to `end` (not included) of a shard, all of them.
+
+        Raises ShardReadError, or StorageUnreachable where another start may be luckier.
+        """
         if self._cache is None:
             return self._read_storage(shard, start, end)
         pieces = range(start // CHUNK_BYTES, -(-end // CHUNK_BYTES))
@@ -179,10 +182,10 @@ class RangeReader:
             except self._transient as error:
                 self._refuse_permanent(error, shard)
                 if attempt == settings.attempts:
-                    raise self._error(
-                        shard, f"failed {attempt} times, last with {_one_line(error)}",
-                        "check the storage and the network, then resume",
-                    ) from error  # fmt: skip
+                    raise StorageUnreachable(
+                        f"{self._folder.url}/{shard.name}: failed {attempt} times, last with "
+                        f"{_one_line(error)}; check the storage and the network, then resume"
+                    ) from error
                 self._count(ReadCounters(retries=1))
                 self._sleep(delay_s * self._jitter.uniform(0.5, 1.0))
                 delay_s = min(2 * delay_s, settings.longest_delay_s)

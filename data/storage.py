@@ -23,6 +23,10 @@ class StorageError(ValueError):
     """A URL that cannot be opened, or a file that did not arrive whole."""
 
 
+class StorageUnreachable(OSError):  # noqa: N818
+    """A storage that did not answer however often it was asked; a later start may find it back."""
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder (or a file) on some filesystem."""

@@ -14,6 +14,7 @@ one packed buffer per step; the rank joins them.
 import logging
 import multiprocessing
 import os
+import signal
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -29,7 +30,7 @@ from data.batches import PackedPatchBatch, SkippedPicture, join
 from data.loader import LoaderFailure, LoaderPart, LoaderParts, StreamSettings, StreamSource
 from data.order import batches_per_epoch, rank_streams
 from data.reading import ReadCounters
-from data.storage import open_folder
+from data.storage import StorageUnreachable, open_folder
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +39,11 @@ _BROKEN_WINDOW = 1000
 
 
 class StreamError(ValueError):
-    """The stream cannot go on; the message says what to do."""
+    """The data are not what they should be, and will not be at a later start either."""
+
+
+class LoaderDied(RuntimeError):  # noqa: N818
+    """A loader process is gone, e.g. for want of memory; a later start may succeed."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,10 @@ class PatchStream:
         """This rank's part of every global batch from number `step` on, without end.
 
         Step `epoch * batches_per_epoch + k` is batch k of that epoch; an epoch's end is a step like
-        any other. Close the iterator (`contextlib.closing`) to stop the loader processes. Raises
-        StreamError where a shard cannot be read, too many pictures are broken, or a loader process
-        died.
+        any other. Close the iterator (`contextlib.closing`) to stop the loader processes.
+
+        Raises StreamError where a shard cannot be read or too many pictures are broken; what a
+        later start may cure: StorageUnreachable, LoaderDied.
         """
         if step < 0:
             raise ValueError(f"step={step} is before the beginning; use 0 or more")
@@ -147,7 +153,12 @@ class PatchStream:
 
 
 def _begin_loader_process(_worker: int) -> None:
-    """Loader processes are the parallelism; libraries' own threads would only fight over cores."""
+    """Loader processes are the parallelism; libraries' own threads would only fight over cores.
+
+    Ctrl-C reaches every process of a terminal, and the run still needs batches to its last step:
+    the training process alone decides when loader processes end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     Thread(target=_end_with_training, name="end-with-training", daemon=True).start()
@@ -172,13 +183,13 @@ def _received(iterator: Iterator[LoaderPart | LoaderFailure]) -> LoaderPart:
     except (RuntimeError, EOFError, OSError) as error:
         if not _tells_of_death(error, iterator):
             raise
-        raise StreamError(
+        raise LoaderDied(
             f"a loader process died ({' '.join(str(error).split()) or type(error).__name__}): out "
             "of memory, or of shared memory (/dev/shm); use a smaller order.block, fewer processes "
             "or parts_ahead, or more memory, then resume"
         ) from error
     if isinstance(part, LoaderFailure):
-        raise StreamError(part.message)
+        raise (StorageUnreachable if part.may_pass else StreamError)(part.message)
     return part
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from data.index import (
@@ -22,6 +23,7 @@ from data.indexing import index_shards
 from data.samples import DamagedShardError
 from data.shards import ShardSettings, write_shards
 from data.sources import list_source
+from data.storage import StorageUnreachable
 from tests.data.small_sources import jpeg, png, write_pictures, write_tar
 from tests.servers import S3Store
 
@@ -115,6 +117,24 @@ def test_an_index_whose_numbers_contradict_each_other_is_damaged(
     (tmp_path / "index.json").write_text(json.dumps(data))
     with pytest.raises(ShardIndexError, match="is damaged"):
         read_index(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "complaint"),
+    [
+        (PermissionError("denied"), ShardIndexError, "may not read .* check the URL and the cred"),
+        (TimeoutError("no answer"), StorageUnreachable, "cannot read .* check the URL and the net"),
+    ],
+)
+def test_an_index_that_cannot_be_had_tells_whether_a_later_start_may_help(
+    monkeypatch: pytest.MonkeyPatch, fault: OSError, kind: type[Exception], complaint: str
+) -> None:
+    def fail(filesystem: LocalFileSystem, path: str) -> bytes:
+        raise fault
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", fail)
+    with pytest.raises(kind, match=complaint):
+        read_index("/shards")
 
 
 def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from data.reading import (
     ShardReadError,
 )
 from data.samples import DamagedShardError, picture_bytes
-from data.storage import StorageOptions
+from data.storage import StorageOptions, StorageUnreachable
 from tests.data.faulty import FaultyFileSystem, cut_off, faulty, forbidden, timed_out
 from tests.data.tars import plain_index, upload, write_shards
 from tests.servers import S3Store
@@ -127,7 +127,7 @@ def test_a_storage_that_does_not_come_back_is_given_up_in_one_line(
     shard = write_shards(tmp_path, (2,)).shards[0]
     faulty.faults = [timed_out] * 3
     reader = faulty_reader(tmp_path, [], ReadingSettings(attempts=3))
-    with pytest.raises(ShardReadError) as error:
+    with pytest.raises(StorageUnreachable) as error:
         reader.read(shard, 0, 512)
     assert str(error.value) == (
         f"faulty:/{tmp_path}/shard-000.tar: failed 3 times, last with TimeoutError: no answer; "

@@ -21,7 +21,8 @@ from data.index import ShardIndex
 from data.loader import StreamSettings
 from data.order import OrderSettings, batch_ids, plan_epoch
 from data.reading import ReadingSettings
-from data.stream import PatchStream, StreamError
+from data.storage import StorageUnreachable
+from data.stream import LoaderDied, PatchStream, StreamError
 from tests.data.faulty import FaultyFileSystem, cut_off, faulty, timed_out
 from tests.data.streams import (
     SMALL_PATCHES,
@@ -191,6 +192,19 @@ def test_a_shard_that_is_gone_stops_the_stream_with_one_line(tmp_path: Path) -> 
         )
 
 
+def test_a_storage_that_stays_away_is_an_error_that_a_later_start_may_not_meet(
+    index: ShardIndex, faulty: type[FaultyFileSystem]
+) -> None:
+    source = source_of(replace(index, url=f"faulty:/{index.url}"))
+    faulty.faults = [timed_out] * 99
+    reading = ReadingSettings(first_delay_s=0.0, attempts=2)
+    with pytest.raises(
+        StorageUnreachable, match=r"failed 2 times, last with TimeoutError"
+    ) as error:
+        taken(PatchStream(source, StreamSettings(processes=0, reading=reading)), 0, 1)
+    assert not isinstance(error.value, ValueError)
+
+
 def test_shards_in_memory_are_for_this_process_only(index: ShardIndex, reference: Pictures) -> None:
     source = source_of(upload(index, "memory://stream", {}))
     assert global_batches(source, 0, STEPS) == reference
@@ -271,8 +285,18 @@ def test_a_loader_process_that_dies_is_one_clear_error(index: ShardIndex) -> Non
         victim = multiprocessing.active_children()[0].pid
         assert victim is not None
         os.kill(victim, signal.SIGKILL)
-        with pytest.raises(StreamError, match=r"a loader process died .* then resume"):
+        with pytest.raises(LoaderDied, match=r"a loader process died .* then resume"):
             list(islice(batches, 100))
+
+
+def test_loader_processes_outlive_the_ctrl_c_that_asks_a_run_to_stop(index: ShardIndex) -> None:
+    stream = PatchStream(source_of(index), StreamSettings(processes=2))
+    with closing(stream.from_step(0)) as batches:
+        next(batches)
+        for child in multiprocessing.active_children():
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGINT)
+        assert [batch.step for batch in islice(batches, 20)] == list(range(1, 21))
 
 
 def test_an_interrupted_loop_leaves_no_process(index: ShardIndex) -> None:
