@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Queries look at keys and take a mixture of values; all three have `dim` channels, split
-    evenly over the heads.
-    """
+    """Queries look at keys and take a mixture of values; the heads share `dim` channels evenly."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -60,9 +58,7 @@ class Attention(nn.Module):
         values: Float[Tensor, "batch heads tokens head_dim"],
         hidden: Bool[Tensor, "#batch #heads #queries tokens"] | None,
     ) -> Float[Tensor, "batch queries dim"]:
-        """The mixtures of values, projected; `hidden` is True where a query must not look at a
-        token.
-        """
+        """The mixtures of values, projected; no query sees a token where `hidden` is True."""
         mixed = F.scaled_dot_product_attention(
             queries,
             keys,
@@ -74,9 +70,7 @@ class Attention(nn.Module):
         return projected
 
     def _project(self, tokens: Tensor, first: int, end: int) -> Tensor:
-        """The rows of the joint projection from part `first` up to part `end` (0 queries, 1 keys, 2
-        values).
-        """
+        """Parts `first` to `end` - 1 of the joint projection: 0 queries, 1 keys, 2 values."""
         dim = self.in_proj_weight.shape[1]
         rows = slice(first * dim, end * dim)
         return F.linear(tokens, self.in_proj_weight[rows], self.in_proj_bias[rows])

@@ -28,22 +28,15 @@ class BackboneSettings(Settings):
     dilation: bool = False
     """Keep layer4 at stride 16 by dilation ("DC5"); bottleneck ResNets only."""
     stride_in_1x1: bool = False
-    """Put a bottleneck's stride on its first 1x1 convolution (original ResNet) instead of the 3x3
-    (torchvision).
-    """
+    """Put a bottleneck's stride on its first 1x1 convolution (original ResNet), not on the 3x3."""
     output: Literal["layer3", "layer4"] = "layer4"
-    """The stage whose features the detector sees: layer4 (stride 32) or layer3 (stride 16, "C4").
-    """
+    """The stage whose features the detector sees: layer4 (stride 32) or layer3 (stride 16)."""
     weights: str
     """Where the weights come from: a path or any fsspec URL of a checkpoint, or "random"."""
     train: bool = False
-    """Train layer2 to the output stage, as DETR does; conv1, layer1 and every BatchNorm stay
-    frozen.
-    """
+    """Train from layer2 on, as DETR does; conv1, layer1 and every BatchNorm stay frozen."""
     frozen_precision: Precision = "auto"
-    """Precision of a frozen backbone: auto is bfloat16 where the device computes it natively, else
-    float32.
-    """
+    """Precision of a frozen backbone; auto is bfloat16 where the device computes it natively."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -84,8 +77,9 @@ class Backbone(nn.Module):
     def forward(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch channels rows columns"]:
-        """Features of normalised pictures, channels last; without a graph, and in the frozen
-        precision, if frozen.
+        """Features of normalised pictures, channels last.
+
+        A frozen backbone makes no graph and computes in `frozen_precision`.
         """
         if self.settings.train:
             return run_resnet(self.body.fold(self.body.conv1.weight.dtype), pixels)
@@ -94,9 +88,7 @@ class Backbone(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def fold(self) -> FoldedResNet:
-        """The frozen network as it is run; made anew whenever a weight was loaded, moved or written
-        to since.
-        """
+        """The frozen network as it is run; made anew when a weight was loaded, moved, changed."""
         tensors = (*self.body.parameters(), *self.body.buffers())
         state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
         if self._folded is None or state != self._folded_from:
@@ -112,9 +104,7 @@ class Backbone(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def __getstate__(self) -> dict[str, object]:
-        """Copies and pickles carry the weights alone; the folded ones are made from them when
-        needed.
-        """
+        """Copies and pickles carry the weights alone; folded ones are made anew when needed."""
         return {**self.__dict__, "_folded": None, "_folded_from": ()}
 
 

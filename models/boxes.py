@@ -24,9 +24,7 @@ def xyxy_to_cxcywh(boxes: Float[Tensor, "*boxes 4"]) -> Float[Tensor, "*boxes 4"
 def iou(
     boxes_xyxy: Float[Tensor, "*#batch boxes 4"], others_xyxy: Float[Tensor, "*#batch others 4"]
 ) -> Float[Tensor, "*#batch boxes others"]:
-    """Intersection over union of each box (row) with each other box (column), 0..1; 0 where both
-    are empty.
-    """
+    """Intersection over union of each box (row) with each other (column); 0 if both are empty."""
     intersection, union = _overlap(boxes_xyxy[..., :, None, :], others_xyxy[..., None, :, :])
     return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
 
@@ -34,18 +32,14 @@ def iou(
 def generalized_iou(
     boxes_xyxy: Float[Tensor, "*#batch boxes 4"], others_xyxy: Float[Tensor, "*#batch others 4"]
 ) -> Float[Tensor, "*#batch boxes others"]:
-    """Generalized IoU of each box (row) with each other box (column), -1..1; 0/0 of empty boxes
-    gives NaN.
-    """
+    """Generalized IoU, -1..1, of each box (row) with each other (column); NaN if both are empty."""
     return _generalized(boxes_xyxy[..., :, None, :], others_xyxy[..., None, :, :])
 
 
 def generalized_iou_pairs(
     boxes_xyxy: Float[Tensor, "*boxes 4"], others_xyxy: Float[Tensor, "*boxes 4"]
 ) -> Float[Tensor, " *boxes"]:
-    """Generalized IoU of each box with the other box at the same place, -1..1; 0/0 of empty boxes
-    gives NaN.
-    """
+    """Generalized IoU, -1..1, of each box with the other at its place; NaN if both are empty."""
     return _generalized(boxes_xyxy, others_xyxy)
 
 

@@ -37,9 +37,7 @@ class DetectorSettings(Settings):
     feedforward_dim: int = Field(default=2048, gt=0)
     """Inner channels of the feed-forward networks."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of values dropped in training (attention weights, sublayer outputs, inner
-    feed-forward).
-    """
+    """Share of attention weights, sublayer outputs and inner values dropped in training."""
     pre_norm: bool = False
     """Normalise before each sublayer (UP-DETR's public weights) instead of after it (DETR)."""
     position: PositionCode = "sine"
@@ -47,9 +45,7 @@ class DetectorSettings(Settings):
     num_queries: int = Field(default=100, gt=0)
     """Object queries, the most boxes that one picture can get."""
     num_classes: int = Field(gt=0)
-    """Classes without "no object", which is added as the last logit; labels are 0 to num_classes -
-    1.
-    """
+    """Classes, labelled from 0 on; "no object" is not one of them, but a last logit of its own."""
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -67,9 +63,7 @@ class DetectorSettings(Settings):
 
 
 class Detector(nn.Module):
-    """A detector with random weights, drawn from `generator`; `models.interop` loads published
-    ones.
-    """
+    """A detector with weights drawn from `generator`; `models.interop` loads published ones."""
 
     def __init__(self, settings: DetectorSettings, generator: torch.Generator) -> None:
         super().__init__()
@@ -94,9 +88,7 @@ class Detector(nn.Module):
         initialise(self, generator)
 
     def forward(self, images: Images, record: bool = False) -> DetectorOutput:
-        """What the object queries find; with `record`, every layer also says what it looked at, per
-        head.
-        """
+        """What the object queries find, and with `record` where each layer and head looked."""
         return self.decode(self.encode(images), (self.query_group(len(images.sizes)),), record)
 
     def encode(self, images: Images) -> Memory:
@@ -140,9 +132,7 @@ class Detector(nn.Module):
         return learned
 
     def _read(self, layers: tuple[DecodedLayer, ...]) -> tuple[LayerOutput, ...]:
-        """The heads on all layers at once, in float32: bfloat16 box logits would round boxes to
-        about 1/500.
-        """
+        """The heads on all layers at once; float32, since bfloat16 rounds boxes to about 1/500."""
         hidden = torch.stack([layer.hidden for layer in layers])
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden.to(self.class_head.weight.dtype)

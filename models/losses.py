@@ -31,12 +31,9 @@ class LossWeights(Settings):
     giou: float = Field(default=2.0, ge=0)
     """Weight of 1 - generalized IoU of matched boxes."""
     features: float = Field(default=1.0, ge=0)
-    """Weight of the squared distance of normalised reconstructed and true patch features, 0 to 4.
-    """
+    """Weight of the squared distance (0 to 4) of normalised features, reconstructed and true."""
     no_object: float | Literal["paper"] = 0.1
-    """Weight of "no object" within the cross-entropy; "paper" is targets per query, M/N in
-    pretraining.
-    """
+    """Weight of "no object" in the cross-entropy; "paper" is targets per query (M/N)."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +175,7 @@ def _logged_terms(
 
 
 def _named_by_layer(terms: Mapping[str, Float[Tensor, " layers"]]) -> dict[str, Tensor]:
-    """The last layer's value under the bare name, those of the others with their number as a
-    suffix.
-    """
+    """The last layer's value under the bare name, layer l's with the suffix `_l`."""
     named: dict[str, Tensor] = {}
     for name, values in terms.items():
         *others, last = values.unbind(0)

@@ -50,9 +50,7 @@ class UnmatchableError(ValueError):
 
 @dataclass(frozen=True)
 class PaddedTargets:
-    """The targets of a batch, each picture's followed by as many places as the fullest one has
-    more.
-    """
+    """The targets of a batch, every picture filled up to the number of the fullest one."""
 
     labels: Int64[Tensor, "batch targets"]
     boxes_cxcywh: Float[Tensor, "batch targets 4"]
@@ -61,9 +59,7 @@ class PaddedTargets:
 
 @dataclass(frozen=True)
 class Matching:
-    """The matched pairs of all layers, sorted by layer, then picture, then query; equally many in
-    every layer.
-    """
+    """The matched pairs, as many in every layer, sorted by layer, then picture, then query."""
 
     layer: Int64[Tensor, " pairs"]
     picture: Int64[Tensor, " pairs"]
@@ -119,9 +115,7 @@ def pad_targets(targets: Targets) -> PaddedTargets:
 def _costs(
     logits: Tensor, boxes_cxcywh: Tensor, targets: PaddedTargets, costs: MatchingCosts
 ) -> Float[Tensor, "layers batch queries targets"]:
-    """Costs of every query with the targets of its picture; 0 beyond the targets that the picture
-    has.
-    """
+    """Costs of every query with the targets of its picture; 0 where there is no target."""
     num_classes = logits.shape[-1] - 1
     with torch.autocast(logits.device.type, enabled=False):
         probability = logits.float().softmax(-1)

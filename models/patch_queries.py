@@ -28,9 +28,7 @@ class QueryPatches(Settings):
     attention_mask: bool = True
     """Hide the queries of other patches in the decoder's self-attention."""
     shuffle: bool = False
-    """Draw a new assignment of query vectors to patches in every step (CVPR paper; the public
-    recipe dropped it).
-    """
+    """Assign query vectors to patches anew in every step (paper, not the public recipe)."""
     mask_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of patch features that are hidden from their queries in training."""
     mask_unit: Literal["per_query", "per_patch"] = "per_query"
@@ -38,9 +36,7 @@ class QueryPatches(Settings):
     reconstruction: bool = True
     """Let every query also reconstruct the CNN feature of its patch."""
     detach_features: bool = True
-    """Stop the reconstruction loss from changing its target; matters with a trained CNN only
-    (public code: false).
-    """
+    """Keep the reconstruction loss from moving its target, a trained CNN (public code: false)."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +56,7 @@ class PatchOutput:
     detection: DetectorOutput
     """One group of queries, those of the first patch first."""
     patch_features: Float[Tensor, "batch patches channels"]
-    """Pooled CNN features of the patches, float32: what queries are given and what they
-    reconstruct.
-    """
+    """Pooled CNN features of the patches, float32: what queries get, and reconstruct."""
     reconstructions: Float[Tensor, "layers batch queries channels"] | None
     """The reconstructed features by decoder layer, None where reconstruction is off."""
 

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 PositionCode = Literal["sine", "learned"]
 
 LEARNED_CELLS = 50
-"""Rows and columns that learned codes exist for, as in DETR: pictures of up to 1600 pixels at
-stride 32.
-"""
+"""Rows and columns with learned codes, as in DETR: at stride 32, pictures up to 1600 pixels."""
 
 _TEMPERATURE = 10000
 _EPSILON = 1e-6
@@ -21,8 +19,9 @@ _EPSILON = 1e-6
 def sine_positions(
     padding: Bool[Tensor, "batch rows columns"], dim: int
 ) -> Float[Tensor, "batch rows columns {dim}"]:
-    """Sines and cosines of the row (first half of dim) and the column, each scaled so that the
-    unpadded picture spans 2 pi.
+    """Sines and cosines of the row (first half of dim) and of the column.
+
+    The unpadded picture spans 2 pi in either direction.
     """
     valid = ~padding
     rows = valid.cumsum(1, dtype=torch.float32)
@@ -43,9 +42,7 @@ class LearnedPositions(nn.Module):
     def forward(
         self, padding: Bool[Tensor, "batch rows columns"]
     ) -> Float[Tensor, "batch rows columns dim"]:
-        """The codes of every cell; ValueError where the feature map has more than 50 rows or
-        columns.
-        """
+        """The codes of every cell; ValueError where there are more than 50 rows or columns."""
         batch, num_rows, num_columns = padding.shape
         if max(num_rows, num_columns) > LEARNED_CELLS:
             raise ValueError(

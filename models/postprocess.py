@@ -15,9 +15,7 @@ class Detections:
     """One box per object query, in the order of the queries."""
 
     scores: Float[Tensor, "batch queries"]
-    """Probability of the likeliest class, "no object" left out of the choice but not of the
-    softmax.
-    """
+    """Probability of the likeliest class; "no object" counts in the softmax, not as a choice."""
     labels: Int64[Tensor, "batch queries"]
     boxes_xyxy: Float[Tensor, "batch queries 4"]
     """Pixels of the picture of the given size; not clipped to it."""

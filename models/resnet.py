@@ -115,9 +115,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block: two 3x3 convolutions (basic) or 1x1, 3x3, 1x1 (bottleneck), with their
-    BatchNorms.
-    """
+    """A residual block with BatchNorms: two 3x3 convolutions, or 1x1, 3x3, 1x1 (bottleneck)."""
 
     def __init__(
         self,
@@ -202,9 +200,7 @@ class ResNet(nn.Module):
         self.channels = channels
 
     def fold(self, dtype: torch.dtype) -> FoldedResNet:
-        """The network as it is run, its weights in the given precision; gradients flow to the
-        weights.
-        """
+        """The network as it is run, in the given precision; gradients flow to the weights."""
         stages = (
             self.get_submodule(f"layer{stage + 1}").children() for stage in range(self.num_stages)
         )

@@ -1,13 +1,10 @@
-"""The base of every settings object: strict, frozen, keyword-only data with a sentence under each
-field.
-"""
+"""The base of every settings object: strict, frozen data with a sentence under each field."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """Frozen values checked where they are made; an unknown key or a wrong type is an error with
-    its path.
+    """Frozen values, checked where they are made; an unknown key or a wrong type is an error.
 
     A sentence under a field, with its unit, becomes the field's description in the JSON schema.
     """

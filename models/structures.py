@@ -33,9 +33,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class PatchBatch:
-    """Pictures and the query patches that were cut from them (UP-DETR, section 3.2), on the
-    training device.
-    """
+    """Pictures on the training device and the query patches cut from them (UP-DETR, 3.2)."""
 
     images: Images
     patches: Float[Tensor, "batch patches 3 side side"]
@@ -46,13 +44,9 @@ class PatchBatch:
     sample_ids: Int64[Tensor, " batch"]
     """Position of each picture in the shard index."""
     skipped: tuple[str, ...] = ()
-    """Keys of the pictures of this batch that could not be decoded; they are counted, never
-    replaced.
-    """
+    """Keys of the pictures of this batch that could not be decoded: counted, never replaced."""
     blank: bool = False
-    """True where every picture of this rank's part was broken: one empty picture stands in, with
-    weight 0.
-    """
+    """True where all pictures of this rank were broken: an empty one stands in, with weight 0."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +64,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class QueryGroup:
-    """Object queries that share the decoder's weights with other groups and never see them in
-    self-attention.
-    """
+    """Object queries that share the decoder with other groups and never see them."""
 
     name: str
     content: Float[Tensor, "batch queries dim"]
@@ -122,9 +114,7 @@ class Losses:
 def padding_of(
     sizes: Int64[Tensor, "batch 2"], height: int, width: int
 ) -> Bool[Tensor, "batch height width"]:
-    """The padding mask of pictures of the given (height, width) in a batch of height x width
-    pixels.
-    """
+    """The padding mask of pictures of the given sizes in a batch of height x width pixels."""
     rows = torch.arange(height, device=sizes.device)[None, :, None] >= sizes[:, 0, None, None]
     columns = torch.arange(width, device=sizes.device)[None, None, :] >= sizes[:, 1, None, None]
     return rows | columns

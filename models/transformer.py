@@ -28,9 +28,7 @@ class TransformerShape:
 
 @dataclass(frozen=True)
 class DecodedLayer:
-    """The normalised states of one group's queries after one decoder layer, and what they looked at
-    if recorded.
-    """
+    """One group's queries after one decoder layer and, if recorded, what they looked at."""
 
     hidden: Float[Tensor, "batch queries dim"]
     self_attention: Float[Tensor, "batch heads queries queries"] | None = None
@@ -196,9 +194,7 @@ class FeedForward(nn.Module):
 
 
 class _Norm(nn.LayerNorm):
-    """Layer normalisation that knows its place around a sublayer: before it (pre-norm) or after the
-    residual sum.
-    """
+    """Layer normalisation in its place: before a sublayer (pre-norm) or after the residual sum."""
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__(shape.dim)

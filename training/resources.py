@@ -17,5 +17,4 @@ class Resources(Settings):
     cpus_per_worker: int = Field(default=1, ge=1)
     """CPU cores reserved for each worker and its loader processes."""
     max_restarts: int = Field(default=3, ge=0)
-    """Times that lost workers are started again, from the newest whole checkpoint, before the job
-    fails."""
+    """Times that lost workers start again, from the newest checkpoint, before the job fails."""

@@ -43,9 +43,7 @@ def _read_safetensors(content: bytes, source: str) -> dict[str, Tensor]:
 
 
 def _read_pickle(content: bytes, source: str) -> object:
-    """Published DETR files carry their command line as a Namespace, which is data; nothing else is
-    let in.
-    """
+    """Published DETR files hold their arguments as a Namespace, which is data; no more gets in."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded: object = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

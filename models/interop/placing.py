@@ -18,9 +18,7 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every tensor: of the model (`loaded`, `reshaped`, `new`) and of the file
-    (`left_out`).
-    """
+    """What became of every tensor of the model, and of those of the file that were left out."""
 
     loaded: tuple[str, ...]
     """Model tensors taken from the file, those in `reshaped` included."""

@@ -1,6 +1,4 @@
-"""`python -m tests.parity DIR`: compare every case under DIR/cases with what the models here
-compute.
-"""
+"""`python -m tests.parity DIR`: every case of DIR/cases against what the models here compute."""
 
 import sys
 from pathlib import Path

@@ -90,9 +90,7 @@ def read_case(path: Path) -> Case:
 def compare(
     group: str, name: str, got: Tensor | np.ndarray, case: Case, tolerance: float = OUTPUT_TOLERANCE
 ) -> Iterator[Finding]:
-    """The largest absolute difference from an array of the case, and its place; nothing where the
-    case was stored without that array.
-    """
+    """The largest absolute difference from an array of the case, if it has it, and its place."""
     if name in case.arrays:
         yield compare_values(group, name, got, case.arrays[name], tolerance)
 
@@ -105,9 +103,7 @@ def compare_values(
     tolerance: float,
     floor: float | None = None,
 ) -> Finding:
-    """The largest difference and its place: absolute, or relative to the expected value but at
-    least to `floor`.
-    """
+    """The largest difference and its place; with `floor` relative to max(expected, floor)."""
     values = got.detach().numpy() if isinstance(got, Tensor) else got
     if values.shape != expected.shape:
         shapes = f"{name}: shape {values.shape}, expected {expected.shape}"
@@ -134,9 +130,7 @@ def never_compared(case: Case, findings: Sequence[Finding]) -> tuple[str, ...]:
 
 
 def worst_by_group(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-    """Of each group the finding that is farthest from its tolerance, groups in the order of their
-    first finding.
-    """
+    """Of each group, in order of appearance, the finding that is farthest from its tolerance."""
     worst: dict[str, Finding] = {}
     for finding in findings:
         known = worst.get(finding.group)

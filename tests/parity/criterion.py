@@ -66,9 +66,7 @@ def run_postprocess(case: Case) -> Iterator[Finding]:
 def criterion_losses(
     case: Case, group: GroupOutput, targets: Targets, reconstruction: Reconstruction | None = None
 ) -> Losses:
-    """Our losses with the weights of the case; without auxiliary losses the last layer counts
-    alone.
-    """
+    """Our losses with the weights of the case; of the last layer alone where it has no others."""
     config = case.config
     weights = LossWeights(
         boxes_l1=float(config["bbox_loss_coef"]),
@@ -134,9 +132,7 @@ def compare_losses(case: Case, losses: Losses) -> Iterator[Finding]:
 
 
 def _gradients(case: Case, kind: str, inputs: list[Tensor]) -> Iterator[Finding]:
-    """The last layer's gradient relative to its largest value, the norms per picture of the
-    others'.
-    """
+    """The last layer's gradient relative to its largest value; of the others norms by picture."""
     gradients = [
         torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in inputs
     ]

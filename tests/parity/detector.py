@@ -1,6 +1,4 @@
-"""Parity of DETR and of UP-DETR, pretraining and finetuned: forward, matching, losses, gradient
-norms.
-"""
+"""Parity of DETR and UP-DETR, pretraining and finetuned: forward, matching, losses, gradients."""
 
 import json
 from collections.abc import Iterator

@@ -20,9 +20,7 @@ _FIELD_CELLS = 8
 
 
 def weights(manifest: Path, changes: Mapping[str, Change]) -> dict[str, Array]:
-    """Every float tensor of a manifest by reference key; `changes` scale (and shift) those whose
-    key ends so.
-    """
+    """Every float tensor of a manifest by key; `changes` go to those whose key ends so."""
     entries = json.loads(manifest.read_text())
     made = {
         key: _changed(key, weight(key, tuple(entry["shape"])), changes)
@@ -52,9 +50,7 @@ def weight(key: str, shape: tuple[int, ...]) -> Array:
 
 
 def picture(name: str, height: int, width: int) -> Array:
-    """A smooth normalised picture, [3, height, width]: 8 x 8 normal values per channel, bilinear
-    between them.
-    """
+    """A smooth picture, [3, height, width]: bilinear between 8 x 8 normal values per channel."""
     field = _normal(name, (3, _FIELD_CELLS, _FIELD_CELLS))
     top, bottom, down = _neighbours(height)
     left, right, across = _neighbours(width)
@@ -90,9 +86,7 @@ def _changed(key: str, value: Array, changes: Mapping[str, Change]) -> Array:
 
 
 def _neighbours(length: int) -> tuple[Array, Array, Array]:
-    """For each pixel of a side, the field's cell before it, the one after it, and how far it is
-    between them.
-    """
+    """For each pixel of a side: the cell before it, the one after it, and how far between."""
     place = np.linspace(0, _FIELD_CELLS - 1, length, dtype=np.float32)
     before = np.minimum(place.astype(np.int64), _FIELD_CELLS - 2)
     return before, before + 1, place - before
