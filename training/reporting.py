@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.structures import Losses
 from training.job import B, Job, Surroundings
+from training.memory import return_free_memory
 from training.metrics import BadStep, StepRecord
 from training.snapshot import Position
 from training.window import Window, memory_gib
@@ -118,6 +119,7 @@ class Reporter(Generic[B]):
         return every is not None and (is_last or step % every == 0)
 
     def _record(self, position: Position, rates: Mapping[str, float]) -> None:
+        return_free_memory()
         record = self._step_record(position, rates)
         if self._around.journal:
             self._around.journal.write_steps(record)
