@@ -7,7 +7,7 @@ Everything is float32 whatever the autocast.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class LossWeights(Settings):
     """Weight of 1 - generalized IoU of matched boxes."""
     features: float = Field(default=1.0, ge=0)
     """Weight of the squared distance (0 to 4) of normalised features, reconstructed and true."""
-    no_object: float | Literal["paper"] = 0.1
+    no_object: Annotated[float, Field(ge=0)] | Literal["paper"] = 0.1
     """Weight of "no object" in the cross-entropy; "paper" is targets per query (M/N)."""
 
 

@@ -1,8 +1,8 @@
 """An exponential moving average of the trained weights: a second model, ready to evaluate.
 
 Only trained parameters are averaged; frozen parameters and buffers are the live model's own
-tensors, so a frozen backbone costs no second copy. Costs one fused pass over the trained parameters
-a step.
+tensors, so a frozen backbone is not there twice (but for its folded form, once evaluated). Costs
+one fused pass over the trained parameters a step.
 """
 
 import copy

@@ -6,6 +6,7 @@ codes with it; here the backbone is the module itself.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,8 @@ from torch.optim import AdamW
 
 from models.settings import Settings
 from training.schedule import Schedule, learning_rate
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimiserSettings(Settings):
@@ -26,7 +29,7 @@ class OptimiserSettings(Settings):
     """Learning rate of the backbone; without effect where it is frozen."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """Decoupled weight decay of every trainable tensor."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the running mean of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the mean square."""

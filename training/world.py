@@ -1,7 +1,8 @@
 """Who this process is among the workers of a run, and the few words that the workers exchange.
 
 Everything is the identity without a process group, so that one process needs none. Costs one
-collective a call.
+collective a call. Under NCCL objects travel over a process's current device, which must be its own
+(Ray Train sees to it).
 """
 
 from dataclasses import dataclass

@@ -78,7 +78,7 @@ def place_tensors(
             "give the file's own architecture in the settings, or another file"
         )
     kept = {name: tensor for name, tensor in state.items() if name not in wanted}
-    loaded = {ours: tensors[theirs].view(state[ours].shape) for ours, theirs in wanted.items()}
+    loaded = {ours: tensors[theirs].reshape(state[ours].shape) for ours, theirs in wanted.items()}
     module.load_state_dict(kept | loaded)
     return LoadReport(
         loaded=tuple(wanted),

@@ -158,6 +158,11 @@ def test_the_papers_no_object_weight_is_targets_per_query() -> None:
     torch.testing.assert_close(paper.terms["loss_ce"], number.terms["loss_ce"])
 
 
+def test_a_negative_weight_of_no_object_is_refused() -> None:
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        LossWeights(no_object=-0.1)
+
+
 def test_a_blank_batch_has_zero_loss_and_a_whole_graph() -> None:
     logits, boxes = predictions(2, 1, 4)
     logits.requires_grad_()

@@ -55,6 +55,12 @@ def test_frozen_parameters_are_in_no_group() -> None:
         build_optimiser(model.requires_grad_(False), None, OptimiserSettings())
 
 
+@pytest.mark.parametrize("betas", [(0.9, 1.0), (-0.1, 0.999)])
+def test_betas_outside_of_zero_to_one_are_refused(betas: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=r"Input should be (less|greater) than"):
+        OptimiserSettings(betas=betas)
+
+
 def test_a_backbone_of_another_model_is_refused() -> None:
     with pytest.raises(ValueError, match="not a part of the model"):
         build_optimiser(Joined(), nn.Linear(2, 3), OptimiserSettings())
