@@ -48,7 +48,11 @@ def write_folder(
         return
     rest, held = split(listed, hold_out)
     _write(rest, f"{destination.rstrip('/')}/train", settings, console)
-    _write(held, f"{destination.rstrip('/')}/held_out", settings, console)
+    # One broken picture is a large share of a few: it is left out and named all the same.
+    lenient = settings.model_copy(
+        update={"max_bad_share": max(settings.max_bad_share, min(0.5, 2 / hold_out))}
+    )
+    _write(held, f"{destination.rstrip('/')}/held_out", lenient, console)
 
 
 def index_folder(url: str, console: Console) -> None:

@@ -38,11 +38,10 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 def run_on_ray(config: Mapping[str, Any]) -> None:
     """The function that Ray calls on every worker: `recipe` (YAML) and `board` (an actor)."""
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr, force=True)
-    logging.getLogger("ray").setLevel(logging.WARNING)
     recipe = load_recipe(PretrainRecipe, config["recipe"])
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    _log_to_driver(world)
     torch.set_num_threads(recipe.resources.cpus_per_worker)
     display = BoardDisplay(config["board"], time.monotonic)
     stop = display.stop_requested if world.is_first else _never
@@ -115,6 +114,22 @@ def device_of(resources: Resources) -> torch.device:
             return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         case _:
             assert_never(resources.device)
+
+
+def _log_to_driver(world: World) -> None:
+    """Our lines go to the driver through Ray; Ray's own only where they warn."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    handler.addFilter(_is_ours_or_warns)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    if not world.is_first:
+        # Every worker loads the same weights: one of them says so.
+        logging.getLogger("models.interop").setLevel(logging.ERROR)
+
+
+def _is_ours_or_warns(record: logging.LogRecord) -> bool:
+    # Ray Train names its loggers by their files.
+    return record.levelno >= logging.WARNING or "/ray/" not in record.name
 
 
 def _never() -> bool:
