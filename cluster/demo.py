@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.processes import kill_tree
+from data.sources import list_source
 from data.synthetic import write_scenes
 from pretrain.drawing import draw_curves
 from training.checkpoint import newest_checkpoint
@@ -20,6 +21,9 @@ from training.run_folder import RunFolder, open_run_folder
 
 PICTURES = 1200
 HELD_OUT = 64
+"""Pictures that are held out, at most; of few pictures it is an eighth."""
+FEWEST = 24
+"""Pictures without which there is no batch and nothing to hold out."""
 STEPS = 1000
 """Length of the demo's run: about three minutes on two cores."""
 KILL_AFTER = 400
@@ -45,7 +49,11 @@ def run_demo(out: Path, pictures: Path | None, console: Console) -> None:
         console.rule(f"1. Draw {PICTURES} pictures")
         write_scenes(pictures, seed=0, count=PICTURES)
     console.rule("2. Write shards")
-    _command(console, "shards", "write", pictures, out / "shards", "--hold-out", HELD_OUT)
+    count = len(list_source(str(pictures)).items)
+    if count < FEWEST:
+        raise DemoError(f"{pictures} holds {count} pictures; the demo needs {FEWEST} or more")
+    held_out = min(HELD_OUT, count // 8)
+    _command(console, "shards", "write", pictures, out / "shards", "--hold-out", held_out)
     console.rule("3. Pretrain through Ray with two workers, and kill the job")
     folder = open_run_folder(str(run))
     _pretrain_until_killed(out, folder, console)
@@ -53,7 +61,7 @@ def run_demo(out: Path, pictures: Path | None, console: Console) -> None:
     _command(console, "resume", run)
     console.rule("5. Look at it")
     _command(console, "show", "patches", run, "-o", out / "patches.png")
-    _tell(folder, out, console)
+    _tell(folder, out, held_out, console)
 
 
 def _pretrain_until_killed(out: Path, folder: RunFolder, console: Console) -> None:
@@ -75,14 +83,14 @@ def _pretrain_until_killed(out: Path, folder: RunFolder, console: Console) -> No
     raise DemoError(f"the job ended with status {job.returncode} before it could be killed")
 
 
-def _tell(folder: RunFolder, out: Path, console: Console) -> None:
+def _tell(folder: RunFolder, out: Path, held_out: int, console: Console) -> None:
     """Writes the curves and says how the detection of patches rose."""
     lines = read_metrics(folder)
     curves = {name: _curve(lines, name) for name in CURVES}
     draw_curves(curves, out / "curves.png")
     _, ap50 = curves["eval/ap50"]
     console.print(
-        f"patch-detection AP50 on {HELD_OUT} held-out pictures: {ap50[0]:.3f} at the start, "
+        f"patch-detection AP50 on {held_out} held-out pictures: {ap50[0]:.3f} at the start, "
         f"{ap50[-1]:.3f} at the end",
         style="bold",
     )

@@ -95,6 +95,16 @@ def test_errors_are_lines_that_name_the_thing(arguments: tuple[str, ...], messag
     assert "Traceback" not in said
 
 
+def test_the_demo_refuses_a_folder_in_use_and_too_few_pictures(
+    pictures: Path, tmp_path: Path
+) -> None:
+    said = call("demo", "--pictures", pictures, "--out", tmp_path / "new", status=1)
+    assert "holds 9 pictures; the demo needs 24 or more" in said
+    (tmp_path / "used" / "run").mkdir(parents=True)
+    said = call("demo", "--out", tmp_path / "used", status=1)
+    assert "exists already; remove" in said
+
+
 def test_every_command_of_the_readme_exists_with_its_options() -> None:
     lines = re.findall(r"^(?:\$ )?(querypatch .+?(?:\\\n.+?)*)$", README, re.MULTILINE)
     assert len(lines) >= 6
