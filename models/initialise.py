@@ -2,8 +2,7 @@
 
 Transformer: Xavier-uniform matrices, attention biases 0; heads and projections: torch's defaults;
 queries N(0, 1); learned positions U(0, 1); ResNet convolutions: He-normal over the outputs, as
-torchvision, each filter centred. The same generator state gives the same weights on every rank and
-machine.
+torchvision. The same generator state gives the same weights on every rank and machine.
 """
 
 import math
@@ -14,12 +13,6 @@ from torch import nn
 from models.attention import Attention
 from models.position import LearnedPositions
 from models.transformer import FeedForward
-
-RGB = 3
-"""Channels of a picture: the first convolution sees colours, not ReLU's outputs."""
-
-_CENTRED_GAIN = 1 / math.sqrt(1 - 1 / math.pi)
-"""Makes up for what centring takes: of a rectified normal's mean square, 1 / pi is its mean."""
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
@@ -52,12 +45,6 @@ def _draw(part: nn.Module, generator: torch.Generator) -> None:
             nn.init.kaiming_normal_(
                 part.weight, mode="fan_out", nonlinearity="relu", generator=generator
             )
-            if part.in_channels > RGB:
-                # ReLU's outputs share a positive mean, which plain filters amplify layer by layer
-                # until all patches look alike: 77 % of the variance of a random ResNet-18's patch
-                # features lies in one direction, 28 % with centred filters (measured).
-                part.weight -= part.weight.mean(dim=(1, 2, 3), keepdim=True)
-                part.weight *= _CENTRED_GAIN
         case nn.Embedding():
             nn.init.normal_(part.weight, generator=generator)
         case _:

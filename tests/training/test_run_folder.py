@@ -191,6 +191,7 @@ def test_the_first_signal_asks_to_stop_and_the_second_does_what_it_did() -> None
     flag = StopFlag()
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with stop_on_signals(flag):
             assert not flag()
@@ -199,7 +200,7 @@ def test_the_first_signal_asks_to_stop_and_the_second_does_what_it_did() -> None
             assert heard == []
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is on_interrupt
     finally:
         signal.signal(signal.SIGTERM, before)
 
