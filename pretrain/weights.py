@@ -1,17 +1,11 @@
 """The model of a pretraining run before its first step: random, with a backbone, or from `init`."""
 
 import logging
-import math
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.batches import IMAGENET_MEAN, IMAGENET_STD
-from data.pictures import decode_picture, resize
-from data.synthetic import draw_scene
-from models.interop.backbones import RANDOM_WEIGHTS, load_backbone
+from models.interop.backbones import load_backbone
 from models.interop.checkpoint_files import WeightsError, read_tensors
 from models.interop.detr import detr_name, load_detr
 from models.patch_queries import PatchDetector
@@ -21,9 +15,6 @@ from training.run_folder import open_run_folder
 from training.snapshot import load_weights
 
 logger = logging.getLogger(__name__)
-
-CENTRED_GAIN = 1 / math.sqrt(1 - 1 / math.pi)
-"""Makes up for what centring takes: of a rectified normal's mean square, 1 / pi is its mean."""
 
 
 def initial_model(recipe: PretrainRecipe) -> PatchDetector:
@@ -35,39 +26,7 @@ def initial_model(recipe: PretrainRecipe) -> PatchDetector:
     load_backbone(model.detector.backbone)
     if recipe.init is not None:
         take_weights(model, recipe.init)
-    elif recipe.model.backbone.weights == RANDOM_WEIGHTS and not recipe.model.backbone.train:
-        fit_random_features(model)
     return model
-
-
-@torch.no_grad()
-def fit_random_features(model: PatchDetector) -> None:
-    """Makes the most of a random frozen CNN, for demos and tests: its patches can be told apart.
-
-    ReLU's outputs share a positive mean, which random filters amplify layer by layer until all
-    patches look alike: 77 % of the variance of a ResNet-18's patch features lies in one direction,
-    28 % with centred filters (measured). The two projections then begin with features of mean 0
-    and deviation 1 by channel, as eight drawn pictures have them. Trained weights need none of it.
-    """
-    backbone = model.detector.backbone
-    for name, part in backbone.body.named_modules():
-        if isinstance(part, nn.Conv2d) and name != "conv1":
-            part.weight.sub_(part.weight.mean(dim=(1, 2, 3), keepdim=True)).mul_(CENTRED_GAIN)
-    features = backbone(_drawn_pictures()).float()
-    by_channel = features.transpose(0, 1).flatten(1)
-    centre, spread = by_channel.mean(1), by_channel.std(1).clamp(min=1e-6)
-    for projection in (model.detector.input_projection, model.patch_projection):
-        projection.weight.div_(spread)
-        projection.bias.sub_(projection.weight @ centre)
-
-
-def _drawn_pictures() -> Float[Tensor, "8 3 height width"]:
-    """Eight drawn pictures, normalised."""
-    side = 160
-    scenes = [decode_picture(draw_scene(0, number).jpeg) for number in range(8)]
-    levels = torch.from_numpy(np.stack([resize(scene, side, side) for scene in scenes]))
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    return ((levels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
 def blank_model(recipe: PretrainRecipe) -> PatchDetector:
