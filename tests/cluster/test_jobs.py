@@ -18,7 +18,7 @@ from training.run_folder import open_run_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS = 400
+STEPS = 200
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_a_job_that_is_asked_to_stop_leaves_a_checkpoint_of_its_last_step(
 def test_a_lost_worker_is_started_again_from_the_newest_checkpoint(
     shards: Path, tmp_path: Path
 ) -> None:
-    job = _begin(shards, tmp_path, f"loop.steps={STEPS}")
+    job = _begin(shards, tmp_path, f"loop.steps={STEPS}", "loop.checkpoint_every_steps=20")
     _wait_for_step(job, tmp_path, 2)
     os.kill(_worker_of(job.pid), signal.SIGKILL)
     job.communicate(timeout=300)
