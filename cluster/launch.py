@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cluster.board import Board, Message
 from cluster.storage import forget_ray_record, ray_storage
-from cluster.worker import run_on_ray
+from cluster.worker import device_of, run_on_ray
 from pretrain.recipe import PretrainRecipe
 from training.checkpoint import FOLDER
 from training.progress import Bar, PlainLines, open_display
@@ -54,8 +54,10 @@ def run_with_ray(recipe: PretrainRecipe, address: str | None, console: Console) 
     """Runs the recipe on a Ray cluster, a fresh local one where `address` is None, to its end.
 
     The first signal asks the workers for a checkpoint and an end; a second one ends this process.
-    Raises JobFailed.
+    Raises JobFailed, or ValueError where this machine lacks the device that is asked for.
     """
+    if address is None:
+        device_of(recipe.resources)
     folder = open_run_folder(recipe.run)
     forget_ray_record(folder)
     flag = StopFlag()
@@ -73,6 +75,7 @@ class _Fit(threading.Thread):
         super().__init__(name="ray train", daemon=True)
         self._trainer = trainer
         self.error: BaseException | None = None
+        self.is_finished = False
         self.start()
 
     def run(self) -> None:
@@ -80,6 +83,8 @@ class _Fit(threading.Thread):
             self._trainer.fit()
         except (ray.train.TrainingFailedError, RayError) as error:
             self.error = error
+        else:
+            self.is_finished = True
 
 
 def _trainer(recipe: PretrainRecipe, folder: RunFolder, board: Any) -> TorchTrainer:
@@ -137,8 +142,13 @@ def _watch(fit: _Fit, board: Any, flag: StopFlag, console: Console) -> None:
                 display = open_display(console, message.start_step, message.total_steps)
                 stack.enter_context(display)
             _show(display, message)
+        last = _asked(board.take)
+        if display is not None and last is not None:
+            _show(display, last)
     if fit.error is not None:
         raise JobFailed(_reason(fit.error)) from fit.error
+    if not fit.is_finished:
+        raise JobFailed("Ray Train ended in an unforeseen way; its traceback stands above")
 
 
 def _asked(method: Any) -> Any:

@@ -4,8 +4,10 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
+from cluster.launch import run_with_ray
 from cluster.preflight import RefusedJob, check_inputs, check_new_run, resumed_recipe
 from cluster.worker import run_alone
 from data.index import ShardIndexError
@@ -87,3 +89,12 @@ def test_evaluating_on_the_training_shards_is_said(
     with caplog.at_level(logging.WARNING):
         check_inputs(small_recipe(shards, tmp_path / "run", f"data.held_out={shards}"))
     assert "no fair measure" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(
+    shards: Path, tmp_path: Path
+) -> None:
+    recipe = small_recipe(shards, tmp_path / "run", "resources.device=cuda")
+    with pytest.raises(ValueError, match="resources.device=cuda: this machine has no usable GPU"):
+        run_with_ray(recipe, None, Console(quiet=True))
