@@ -96,5 +96,5 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_starts(
     shards: Path, tmp_path: Path
 ) -> None:
     recipe = small_recipe(shards, tmp_path / "run", "resources.device=cuda")
-    with pytest.raises(ValueError, match="resources.device=cuda: this machine has no usable GPU"):
+    with pytest.raises(ValueError, match=r"resources\.device=cuda: this machine has no usable GPU"):
         run_with_ray(recipe, None, Console(quiet=True))
