@@ -24,8 +24,8 @@ HELD_OUT = 64
 """Pictures that are held out, at most; of few pictures it is an eighth."""
 FEWEST = 24
 """Pictures without which there is no batch and nothing to hold out."""
-STEPS = 1000
-"""Length of the demo's run: about three minutes on two cores."""
+STEPS = 800
+"""Length of the demo's run: three to four minutes on two cores."""
 KILL_AFTER = 400
 """Updates after which the job is killed."""
 CURVES = ("loss", "eval/ap50", "eval/ap", "eval/mean_iou", "eval/recall50", "eval/own_patch")
