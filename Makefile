@@ -9,7 +9,7 @@
 
 VENV ?= .venv
 TESTS ?=
-CODE := models data training pretrain cluster tests $(wildcard querypatch.py benchmarks)
+CODE := models data training pretrain finetune cluster tests $(wildcard querypatch.py benchmarks)
 
 # A name on the PATH proves nothing (version managers install shims that refuse to run), so each is tried.
 WORKS := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1

@@ -44,8 +44,10 @@ class DetectorSettings(Settings):
     """How a token says where it is: sine waves, or learned vectors for at most 50 x 50 cells."""
     num_queries: int = Field(default=100, gt=0)
     """Object queries, the most boxes that one picture can get."""
-    num_classes: int = Field(gt=0)
-    """Classes, labelled from 0 on; "no object" is not one of them, but a last logit of its own."""
+    num_classes: int | None = Field(default=None, gt=0)
+    """Classes, labelled from 0 on; "no object" is not one of them, but a last logit of its own.
+    Null takes as many as the data have, before the detector is made.
+    """
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -67,6 +69,8 @@ class Detector(nn.Module):
 
     def __init__(self, settings: DetectorSettings, generator: torch.Generator) -> None:
         super().__init__()
+        if settings.num_classes is None:
+            raise ValueError("num_classes is null: a detector needs a number, that of its data")
         self.settings = settings
         shape = TransformerShape(
             dim=settings.hidden_dim,

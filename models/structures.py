@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int16, Int64
 from torch import Tensor
 
 
@@ -45,6 +45,46 @@ class PatchBatch:
     """Position of each picture in the shard index."""
     skipped: tuple[str, ...] = ()
     """Keys of the pictures of this batch that could not be decoded: counted, never replaced."""
+    blank: bool = False
+    """True where all pictures of this rank were broken: an empty one stands in, with weight 0."""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a detector. Label n, 0 first, is `names[n]`, and `ids[n]` in its data."""
+
+    names: tuple[str, ...]
+    """One name per class, no two alike."""
+    ids: tuple[int, ...]
+    """The numbers that the data give them, with gaps or not: 1..90 for COCO's 80, 1..20 for VOC."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where names or ids come twice, or are not equally many."""
+        for what, found in (("name", self.names), ("id", self.ids)):
+            twice = sorted({str(one) for one in found if found.count(one) > 1})
+            if twice:
+                raise ValueError(f"the {what} {twice[0]} stands for two classes; give each its own")
+        if len(self.names) != len(self.ids):
+            raise ValueError(f"{len(self.names)} class names and {len(self.ids)} ids: give as many")
+
+
+@dataclass(frozen=True)
+class DetectionBatch:
+    """Pictures on the training device and what is to be found in them."""
+
+    images: Images
+    targets: Targets
+    """Labels are those of `Classes`; without crowds, and without boxes that have no area."""
+    keys: tuple[str, ...]
+    """Name of each picture, for messages and for proving the order."""
+    sample_ids: Int64[Tensor, " batch"]
+    """Position of each picture in its index."""
+    query_patches: Float[Tensor, "batch patches 3 side side"] | None = None
+    """One-shot detection: a crop of the class that is asked for, one per picture."""
+    segments: Int16[Tensor, "batch height width"] | None = None
+    """Panoptic segmentation: number of the target at each pixel, 1 first; 0 for none."""
+    skipped: tuple[str, ...] = ()
+    """Keys of the pictures of this batch that could not be used: counted, never replaced."""
     blank: bool = False
     """True where all pictures of this rank were broken: an empty one stands in, with weight 0."""
 

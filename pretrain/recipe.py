@@ -62,6 +62,8 @@ class PretrainingData(Settings):
 class PretrainRecipe(Settings):
     """One pretraining run."""
 
+    stage: Literal["pretrain"] = "pretrain"
+    """The kind of run that this recipe is of."""
     run: str
     """Folder of the run: a path or any fsspec URL."""
     seed: int = Field(default=42, ge=0)
@@ -98,7 +100,7 @@ class PretrainRecipe(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         queries_per_patch(self.model.num_queries, self.queries.num_patches)
-        if self.model.num_classes < 2:
+        if self.model.num_classes is None or self.model.num_classes < 2:
             raise ValueError(
                 f"model.num_classes={self.model.num_classes} has no class 1, "
                 '"matches a patch"; use 2, as the public code does'

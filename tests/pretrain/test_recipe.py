@@ -71,7 +71,7 @@ def test_more_workers_than_pictures_in_a_batch_are_refused() -> None:
 
 def test_a_recipe_is_shown_with_null_for_what_only_its_user_knows() -> None:
     text = shown_recipe("imagenet_r50", ["seed=7"])
-    assert text.startswith("run: null\nseed: 7\n")
+    assert text.startswith("stage: pretrain\nrun: null\nseed: 7\n")
     assert "weights: random" in shown_recipe("tiny_cpu")
 
 
