@@ -5,7 +5,7 @@ have the names of the public code: the last layer bare (`loss_ce`), layer l with
 Everything is float32 whatever the autocast.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -99,6 +99,25 @@ def set_losses(
         total = torch.stack([weight_of[name] * term.sum() for name, term in terms.items()]).sum()
         detached = {name: term.detach() for name, term in terms.items()}
     return Losses(total, _named_by_layer(detached) | _logged_terms(logits, padded, matching))
+
+
+def unmatched_losses(
+    group: GroupOutput,
+    *,
+    others: Sequence[Tensor] = (),
+    reduce_sum: Callable[[Tensor], Tensor] | None = None,
+) -> Losses:
+    """What stands in for `set_losses` where nothing can be matched (UnmatchableError).
+
+    A total of NaN that reaches every parameter behind the group and `others`, and this rank's part
+    in the ranks' sum: the loop then leaves the step out on all ranks alike, where an exception
+    would end one of them and leave the others waiting.
+    """
+    if reduce_sum is not None:
+        counts = torch.zeros(len(group.layers) + 1, device=group.layers[0].logits.device)
+        reduce_sum(counts)
+    said = [tensor for layer in group.layers for tensor in (layer.logits, layer.boxes)]
+    return Losses(torch.stack([t.float().sum() for t in (*said, *others)]).sum() * torch.nan)
 
 
 def _no_object_weight(weights: LossWeights, num_targets: int, logits: Tensor) -> float:

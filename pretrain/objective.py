@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.losses import Reconstruction, set_losses
+from models.losses import Reconstruction, set_losses, unmatched_losses
 from models.matching import UnmatchableError
 from models.patch_queries import PatchOutput, draw_patch_queries
 from models.structures import Losses, PatchBatch
@@ -25,11 +25,7 @@ class PatchObjective:
     world: World
 
     def __call__(self, model: nn.Module, batch: PatchBatch, generator: torch.Generator) -> Losses:
-        """The losses of one step; predictions that are not finite give a total of NaN.
-
-        The loop then leaves the step out on all workers alike, where an exception would end one of
-        them and leave the others waiting.
-        """
+        """The losses of one step; predictions that are not finite give a total of NaN."""
         recipe = self.recipe
         draws = draw_patch_queries(
             recipe.queries, recipe.model.num_queries, len(batch.images.sizes), generator
@@ -43,7 +39,9 @@ class PatchObjective:
             return patch_losses(self.recipe, output, batch, self.world.size, all_reduce_sum)
         except UnmatchableError as error:
             logger.warning("the step is left out: %s", error)
-            return _not_finite(output)
+            (group,) = output.detection.groups
+            others = () if output.reconstructions is None else (output.reconstructions,)
+            return unmatched_losses(group, others=others, reduce_sum=all_reduce_sum)
 
 
 def patch_losses(
@@ -68,13 +66,3 @@ def patch_losses(
         world_size=world_size,
         blank=batch.blank,
     )
-
-
-def _not_finite(output: PatchOutput) -> Losses:
-    """A total of NaN that reaches every parameter, and this worker's part in the workers' sum."""
-    (group,) = output.detection.groups
-    said = [tensor for layer in group.layers for tensor in (layer.logits, layer.boxes)]
-    if output.reconstructions is not None:
-        said.append(output.reconstructions)
-    all_reduce_sum(said[0].new_zeros(len(group.layers) + 1, dtype=torch.float32))
-    return Losses(torch.stack([tensor.float().sum() for tensor in said]).sum() * torch.nan)
