@@ -147,9 +147,9 @@ class PatchDetector(nn.Module):
         number up to it, on the first queries. ValueError where patches or draws do not fit.
         """
         self._check(patches.shape[1], draws)
-        features = self._patch_features(patches)
+        features = self.patch_features(patches)
         memory = self.detector.encode(images)
-        detection = self.detector.decode(memory, (self._query_group(features, draws),))
+        detection = self.detector.decode(memory, (self.query_group(features, draws),))
         reconstructions = None
         if self.reconstruction is not None:
             (group,) = detection.groups
@@ -157,6 +157,36 @@ class PatchDetector(nn.Module):
             reconstructions = self.reconstruction(hidden)
         target = features.detach() if self.patches.detach_features else features
         return PatchOutput(detection, target, reconstructions)
+
+    def patch_features(
+        self, patches: Float[Tensor, "batch patches 3 patch_height patch_width"]
+    ) -> Float[Tensor, "batch patches channels"]:
+        """The CNN's feature map of each patch, averaged over its cells."""
+        pooled: Tensor = self.detector.backbone(patches.flatten(0, 1)).mean(
+            (2, 3), dtype=torch.float32
+        )
+        batch, num_patches = patches.shape[:2]
+        return pooled.view(batch, num_patches, -1)
+
+    def query_group(
+        self, features: Float[Tensor, "batch patches channels"], draws: PatchDraws | None
+    ) -> QueryGroup:
+        """The object queries that look for patches of these features, the first patch's first."""
+        searched = self.patch_projection(features.to(self.patch_projection.weight.dtype))
+        searched = searched.repeat_interleave(self.queries_per_patch, dim=1)
+        num_queries = searched.shape[1]
+        vectors = self.detector.queries.weight[:num_queries]
+        if draws is not None:
+            searched = searched * draws.keep.to(searched.device)[..., None]
+            vectors = self.detector.queries.weight[draws.order.to(searched.device)]
+        position = searched + vectors
+        restricted = self.patches.attention_mask and self.patches.num_patches > 1
+        return QueryGroup(
+            name="patches",
+            content=torch.zeros_like(position),
+            position=position,
+            intra_mask=self.hidden[:num_queries, :num_queries] if restricted else None,
+        )
 
     def _check(self, num_patches: int, draws: PatchDraws | None) -> None:
         settings = self.patches
@@ -176,32 +206,3 @@ class PatchDetector(nn.Module):
             raise ValueError(
                 f"draws are for all {expected} patches, got {num_patches}; give draws=None"
             )
-
-    def _patch_features(
-        self, patches: Float[Tensor, "batch patches 3 patch_height patch_width"]
-    ) -> Float[Tensor, "batch patches channels"]:
-        """The CNN's feature map of each patch, averaged over its cells."""
-        pooled: Tensor = self.detector.backbone(patches.flatten(0, 1)).mean(
-            (2, 3), dtype=torch.float32
-        )
-        batch, num_patches = patches.shape[:2]
-        return pooled.view(batch, num_patches, -1)
-
-    def _query_group(
-        self, features: Float[Tensor, "batch patches channels"], draws: PatchDraws | None
-    ) -> QueryGroup:
-        searched = self.patch_projection(features.to(self.patch_projection.weight.dtype))
-        searched = searched.repeat_interleave(self.queries_per_patch, dim=1)
-        num_queries = searched.shape[1]
-        vectors = self.detector.queries.weight[:num_queries]
-        if draws is not None:
-            searched = searched * draws.keep.to(searched.device)[..., None]
-            vectors = self.detector.queries.weight[draws.order.to(searched.device)]
-        position = searched + vectors
-        restricted = self.patches.attention_mask and self.patches.num_patches > 1
-        return QueryGroup(
-            name="patches",
-            content=torch.zeros_like(position),
-            position=position,
-            intra_mask=self.hidden[:num_queries, :num_queries] if restricted else None,
-        )

@@ -95,8 +95,8 @@ def test_a_query_that_loses_its_patch_keeps_its_own_vector() -> None:
     keep = torch.ones(2, 6, dtype=torch.bool)
     keep[1, 4] = False
     draws = PatchDraws(keep, torch.arange(6))
-    features = built._patch_features(patches())
-    position = built._query_group(features, draws).position
+    features = built.patch_features(patches())
+    position = built.query_group(features, draws).position
     assert torch.equal(position[1, 4], built.detector.queries.weight[4])
     searched = built.patch_projection(features[1, 2])
     torch.testing.assert_close(position[1, 5], searched + built.detector.queries.weight[5])
@@ -106,8 +106,8 @@ def test_shuffling_moves_the_query_vectors_and_not_the_patches() -> None:
     built = model(shuffle=True).train()
     order = torch.tensor([5, 0, 1, 2, 3, 4])
     draws = PatchDraws(torch.ones(2, 6, dtype=torch.bool), order)
-    features = built._patch_features(patches())
-    position = built._query_group(features, draws).position
+    features = built.patch_features(patches())
+    position = built.query_group(features, draws).position
     searched = built.patch_projection(features[0, 0])
     torch.testing.assert_close(position[0, 0], searched + built.detector.queries.weight[5])
 
