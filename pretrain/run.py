@@ -1,7 +1,7 @@
 """The assembly of a pretraining run: recipe to model, objective, stream and loop."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, dataclass
 
@@ -20,7 +20,7 @@ from pretrain.recipe import PretrainRecipe
 from pretrain.weights import initial_model
 from training.checkpoint import resume
 from training.ema import Ema
-from training.job import Checkpoints, Job, Surroundings, plan_steps
+from training.job import Checkpoints, Job, Scoring, Surroundings, plan_steps
 from training.loop import train
 from training.metrics import Journal
 from training.optimiser import build_optimiser
@@ -143,13 +143,16 @@ def _surroundings(
     )
 
 
-def _evaluation(
-    recipe: PretrainRecipe, world: World
-) -> Callable[[nn.Module], Mapping[str, float]] | None:
+def _evaluation(recipe: PretrainRecipe, world: World) -> Callable[[nn.Module], Scoring] | None:
     if recipe.data.held_out is None:
         return None
     source = stream_source(recipe, read_index(recipe.data.held_out), world.device)
-    return lambda model: evaluate_held_out(model, recipe, source, world)
+
+    def evaluate(model: nn.Module) -> Scoring:
+        numbers = evaluate_held_out(model, recipe, source, world)
+        return lambda: numbers
+
+    return evaluate
 
 
 def _counters(stream: PatchStream, uploads: Uploads) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from models.settings import Settings
 from models.structures import Losses
@@ -34,6 +34,12 @@ class LoopSettings(Settings):
     """Updates between two records."""
     evaluate_every: int | None = Field(default=None, ge=1)
     """Updates between two evaluations, with one at the start and one at the end; null for none."""
+    evaluate_every_epochs: float | None = Field(default=None, gt=0)
+    """The same in passes over the data; give this or evaluate_every."""
+    score_in_background: bool = False
+    """Go on training while the predictions of an evaluation are scored; a checkpoint of the same
+    step then carries no metrics.
+    """
     checkpoint_every_steps: int | None = Field(default=None, ge=1)
     """Updates between two checkpoints; null leaves it to the minutes."""
     checkpoint_every_minutes: float | None = Field(default=10.0, gt=0)
@@ -50,6 +56,15 @@ class LoopSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_rhythm(self) -> Self:
+        if self.evaluate_every is not None and self.evaluate_every_epochs is not None:
+            raise ValueError(
+                f"evaluate_every={self.evaluate_every} and evaluate_every_epochs="
+                f"{self.evaluate_every_epochs:g}: give one of them, the other as null"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -58,6 +73,8 @@ class Plan:
     total_steps: int
     batches_per_epoch: int
     accumulate: int
+    evaluate_every: int | None = None
+    """Updates between two evaluations; None for no evaluation."""
 
     @property
     def steps_per_epoch(self) -> float:
@@ -119,6 +136,22 @@ class Job(Generic[B]):
     world: World
 
 
+Scoring = Callable[[], Mapping[str, float | int]]
+"""What is left to do when everything is predicted: gives metrics by name."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model that was judged."""
+
+    step: int
+    """Updates it had."""
+    metrics: Mapping[str, float]
+    """By name, with `eval/` before it."""
+    weights: Mapping[str, Tensor]
+    """A copy on the CPU of the weights that were judged: the moving average where there is one."""
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What the run tells and is told; journal and display are of the first worker only."""
@@ -130,8 +163,12 @@ class Surroundings:
     """True once this worker has been asked to stop."""
     journal: Journal | None = None
     display: Display | None = None
-    evaluate: Callable[[nn.Module], Mapping[str, float | int]] | None = None
-    """Metrics of a model in evaluation mode; called on every worker."""
+    evaluate: Callable[[nn.Module], Scoring] | None = None
+    """Predicts with a model in evaluation mode, on every worker; the scoring it returns is called
+    on the first worker alone, in another thread where the settings say so.
+    """
+    judge: Callable[[Evaluated], bool] | None = None
+    """Keeps what is worth keeping of an evaluation; True ends the run. On the first worker."""
     counters: Callable[[], Mapping[str, float | int]] | None = None
     """Counts of the stream and the store for the record."""
     report: Callable[[StepRecord], None] | None = None
@@ -148,4 +185,8 @@ def plan_steps(settings: LoopSettings, batches_per_epoch: int) -> Plan:
         raise ValueError(f"batches_per_epoch={batches_per_epoch}: the data hold no whole batch")
     batches = (settings.epochs or 0) * batches_per_epoch
     steps = settings.steps or -int(-batches // settings.accumulate)
-    return Plan(steps, batches_per_epoch, settings.accumulate)
+    every = settings.evaluate_every
+    if settings.evaluate_every_epochs is not None:
+        updates = settings.evaluate_every_epochs * batches_per_epoch / settings.accumulate
+        every = max(1, round(updates))
+    return Plan(steps, batches_per_epoch, settings.accumulate, every)

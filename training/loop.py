@@ -26,7 +26,7 @@ from training.optimiser import (
 from training.parallel import averaging, is_averaged
 from training.reporting import Reporter, Verdict
 from training.snapshot import Position, TrainingState
-from training.world import all_reduce_sum, gather_objects
+from training.world import all_reduce_sum, broadcast_object, gather_objects
 
 
 class NonFiniteLoss(ArithmeticError):  # noqa: N818
@@ -48,7 +48,8 @@ def train(job: Job[B], surroundings: Surroundings, start: Position) -> Position:
     reporter = Reporter(job, surroundings)
     reporter.begin(position)
     job.model.train()
-    while position.step < job.plan.total_steps:
+    is_over = broadcast_object(reporter.asks_to_end, job.world)
+    while position.step < job.plan.total_steps and not is_over:
         rates = set_learning_rates(optimiser, job.schedule, position.step)
         batches = reporter.wait_for_batches()
         if position.step == start.step and is_averaged(job.model):
@@ -57,7 +58,8 @@ def train(job: Job[B], surroundings: Surroundings, start: Position) -> Position:
         generator = seed_step(job.seed, position.step, job.world.rank)
         losses = _differentiate(job, batches, generator)
         norm = gradient_norm(parameters)
-        wishes = (surroundings.stop(), reporter.wants_checkpoint(position))
+        asked = surroundings.stop() or reporter.asks_to_end
+        wishes = (asked, reporter.wants_checkpoint(position))
         verdict = _agree(losses, norm, batches, wishes)
         if verdict.is_good:
             clip_gradients(parameters, norm, job.clip_norm)
@@ -72,6 +74,7 @@ def train(job: Job[B], surroundings: Surroundings, start: Position) -> Position:
         reporter.tell(position, verdict, rates, batches)
         if verdict.stop:
             break
+    reporter.end(position)
     surroundings.checkpoints.flush()
     return position
 

@@ -93,7 +93,9 @@ class Journal:
         self._spool = None if folder.is_local else Path(tempfile.mkdtemp(prefix="querypatch-"))
         self._home = self._spool or Path(folder.root)
         self._home.mkdir(parents=True, exist_ok=True)
-        _continue_metrics(folder, self._home / METRICS, start_step)
+        lines = _continue_metrics(folder, self._home / METRICS, start_step)
+        self.evaluated_steps = {_step(line) for line in lines if line.get("kind") == "evaluation"}
+        """Steps whose evaluation is on record."""
         self._lines = (self._home / METRICS).open("a", encoding="utf-8")
         # TensorBoard hides what an earlier start recorded from this step on.
         self._curves = SummaryWriter(str(self._home / EVENTS), purge_step=start_step + 1)
@@ -108,6 +110,7 @@ class Journal:
 
     def write_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records an evaluation after `step` updates."""
+        self.evaluated_steps.add(step)
         self._write({"kind": "evaluation", "step": step, **metrics})
         self._draw(metrics, step)
 
@@ -165,7 +168,7 @@ def read_metrics(folder: RunFolder) -> list[dict[str, object]]:
     return [line for line in map(_parsed, text.splitlines()) if line is not None]
 
 
-def _continue_metrics(folder: RunFolder, target: Path, start_step: int) -> None:
+def _continue_metrics(folder: RunFolder, target: Path, start_step: int) -> list[dict[str, object]]:
     """Leaves at `target` the lines up to `start_step`; none for a run that starts afresh."""
     kept = [line for line in read_metrics(folder) if _step(line) <= start_step and start_step > 0]
     text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -173,6 +176,7 @@ def _continue_metrics(folder: RunFolder, target: Path, start_step: int) -> None:
         folder.write(METRICS, text.encode())
     else:
         target.write_text(text, encoding="utf-8")
+    return kept
 
 
 def _parsed(line: str) -> dict[str, object] | None:

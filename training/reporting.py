@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from models.structures import Losses
+from training.evaluations import Evaluations
 from training.job import B, Job, Surroundings
 from training.memory import return_free_memory
 from training.metrics import BadStep, StepRecord
@@ -41,15 +41,25 @@ class Reporter(Generic[B]):
         self._job = job
         self._around = surroundings
         self._window = Window(surroundings.clock)
+        self._evaluations = Evaluations(job, surroundings)
         self._saved_at = surroundings.clock()
 
     def begin(self, position: Position) -> None:
-        """Evaluates the untrained model, so that curves have a start."""
+        """Evaluates where an evaluation of this position is due and missing."""
         if position.step >= self._job.plan.total_steps:
             logger.info("the run is already at its last step, %d", position.step)
-        if position.step == 0 and self._job.settings.evaluate_every:
-            self._evaluate(0)
-            self._window = Window(self._around.clock)
+        self._evaluations.begin(position.step)
+        self._window = Window(self._around.clock)
+
+    @property
+    def asks_to_end(self) -> bool:
+        """Whether the evaluations so far are reason to end the run; of the first worker."""
+        return self._evaluations.asks_to_end
+
+    def end(self, position: Position) -> None:
+        """Waits for what is still being scored."""
+        self._evaluations.settle(position.step, wait=True)
+        self._evaluations.close()
 
     def wait_for_batches(self) -> tuple[B, ...]:
         """The batches of one update; the time is counted as waiting for data."""
@@ -98,25 +108,29 @@ class Reporter(Generic[B]):
         is_last = position.step >= self._job.plan.total_steps
         is_saved = is_last or verdict.stop or verdict.checkpoint
         # Who asks to stop may grant seconds only: no evaluation then, but a checkpoint.
-        is_evaluated = self._is_evaluated(position.step, is_last) and (is_last or not verdict.stop)
+        is_evaluated = self._evaluations.is_due(position.step, is_last) and (
+            is_last or not verdict.stop
+        )
         if self._around.display:
             self._around.display.advance(position.step)
         if is_saved or is_evaluated or position.step % self._job.settings.log_every == 0:
             self._record(position, rates)
-            metrics = self._evaluate(position.step) if is_evaluated else {}
+            if is_evaluated:
+                self._evaluations.evaluate(position.step)
+            metrics = self._settled(position)
             if is_saved:
                 self._save(position, metrics)
             self._window = Window(self._around.clock)
+
+    def _settled(self, position: Position) -> dict[str, float]:
+        in_background = self._job.settings.score_in_background
+        return self._evaluations.settle(position.step, wait=not in_background)
 
     def _next_batch(self) -> B:
         batch = next(self._job.batches, None)
         if batch is None:
             raise ValueError("the stream of batches ended; it must go on from epoch to epoch")
         return batch
-
-    def _is_evaluated(self, step: int, is_last: bool) -> bool:
-        every = self._job.settings.evaluate_every
-        return every is not None and (is_last or step % every == 0)
 
     def _record(self, position: Position, rates: Mapping[str, float]) -> None:
         return_free_memory()
@@ -150,23 +164,6 @@ class Reporter(Generic[B]):
             skipped_keys=_gathered(window),
             counters=counters,
         )
-
-    def _evaluate(self, step: int) -> dict[str, float]:
-        if self._around.evaluate is None:
-            return {}
-        state = self._job.state
-        model = state.ema.model if state.ema else state.model
-        model.eval()
-        with torch.no_grad():
-            found = self._around.evaluate(model)
-        self._job.model.train()
-        metrics = {f"eval/{name}": float(value) for name, value in found.items()}
-        if self._around.journal:
-            self._around.journal.write_evaluation(step, metrics)
-        if self._around.display:
-            numbers = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-            self._around.display.note(f"evaluation at step {step}: {numbers}")
-        return metrics
 
     def _save(self, position: Position, metrics: Mapping[str, float]) -> None:
         # The record goes first: a checkpoint never knows of steps that its record does not.

@@ -3,7 +3,7 @@
 import copy
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from tests.training.small import (
 )
 from training.checkpoint import CheckpointWriter, resume
 from training.ema import EmaSettings
-from training.job import LoopSettings, Surroundings, plan_steps
+from training.job import LoopSettings, Scoring, Surroundings, plan_steps
 from training.loop import NonFiniteLoss, seed_step, train
 from training.metrics import Journal, StepRecord, read_metrics
 from training.optimiser import OptimiserSettings, build_optimiser
@@ -63,9 +63,9 @@ def run_in(
     return end
 
 
-def draws_random_numbers(model: nn.Module) -> Mapping[str, float]:
+def draws_random_numbers(model: nn.Module) -> Scoring:
     assert not model.training
-    return {"ap": torch.rand(()).item()}
+    return lambda: {"ap": torch.rand(()).item()}
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:

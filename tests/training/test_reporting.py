@@ -1,6 +1,6 @@
 """When the loop records, evaluates and saves."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -18,7 +18,7 @@ from tests.training.small import (
     surroundings,
 )
 from training.ema import EmaSettings
-from training.job import LoopSettings
+from training.job import LoopSettings, Scoring
 from training.loop import train
 from training.metrics import StepRecord
 from training.snapshot import Position
@@ -59,9 +59,9 @@ def test_asked_to_stop_it_saves_and_returns_without_evaluating() -> None:
     polls = iter(range(1, 9))
     evaluated: list[str] = []
 
-    def evaluate(model: nn.Module) -> Mapping[str, float]:
+    def evaluate(model: nn.Module) -> Scoring:
         evaluated.append("now")
-        return {"ap": 0.5}
+        return lambda: {"ap": 0.5}
 
     around = replace(surroundings(kept), stop=lambda: next(polls) == 4, evaluate=evaluate)
     settings = LoopSettings(steps=8, evaluate_every=2)
@@ -76,11 +76,11 @@ def test_evaluation_uses_the_average_and_its_metrics_go_with_the_checkpoint() ->
     kept = KeptCheckpoints()
     models: list[nn.Module] = []
 
-    def evaluate(model: nn.Module) -> Mapping[str, float]:
+    def evaluate(model: nn.Module) -> Scoring:
         models.append(model)
         assert not model.training
         assert not torch.is_grad_enabled()
-        return {"ap": float(len(models))}
+        return lambda: {"ap": float(len(models))}
 
     settings = LoopSettings(steps=5, evaluate_every=2, checkpoint_every_steps=2)
     train(small_job(state, settings), replace(surroundings(kept), evaluate=evaluate), Position())
