@@ -26,16 +26,18 @@ def expired(checkpoints: Sequence[Manifest], settings: RetentionSettings) -> tup
     """The checkpoints that no rule keeps, oldest first; never the newest."""
     ordered = sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
     kept = {checkpoint.step for checkpoint in ordered[-settings.keep_last :]}
-    kept |= {checkpoint.step for checkpoint in _best(ordered, settings)}
+    best = best_of(ordered, settings)
+    kept |= {best.step} if best else set()
     if settings.keep_every_steps is not None:
         kept |= {c.step for c in ordered if c.step % settings.keep_every_steps == 0}
     return tuple(checkpoint for checkpoint in ordered if checkpoint.step not in kept)
 
 
-def _best(ordered: list[Manifest], settings: RetentionSettings) -> list[Manifest]:
+def best_of(checkpoints: Sequence[Manifest], settings: RetentionSettings) -> Manifest | None:
+    """The best by the settings' metric, the first of equals; None where none was measured."""
     metric = settings.best_metric
-    measured = [c for c in ordered if metric is not None and metric in c.metrics]
+    measured = [c for c in checkpoints if metric is not None and metric in c.metrics]
     if metric is None or not measured:
-        return []
+        return None
     sign = 1.0 if settings.best_is == "max" else -1.0
-    return [max(measured, key=lambda checkpoint: sign * checkpoint.metrics[metric])]
+    return max(measured, key=lambda checkpoint: sign * checkpoint.metrics[metric])

@@ -7,7 +7,7 @@ Costs one copy of model, optimiser and moving average.
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from models.artefact import STEP_KEY
 from training.ema import Ema
 from training.optimiser import load_optimiser_state
 
@@ -56,6 +57,8 @@ class TrainingState:
     """The plain module, not its DDP wrapper."""
     optimiser: AdamW
     ema: Ema | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the model's file says of itself, beside its tensors (`models.artefact`)."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Snapshot:
     ema: Mapping[str, Tensor] | None
     position: Position
     world_size: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Of the model's file."""
 
 
 def take_snapshot(state: TrainingState, position: Position, world_size: int) -> Snapshot:
@@ -78,6 +83,7 @@ def take_snapshot(state: TrainingState, position: Position, world_size: int) -> 
         ema=average and {name: _at_rest(tensor) for name, tensor in average.items()},
         position=position,
         world_size=world_size,
+        metadata=dict(state.metadata),
     )
 
 
@@ -124,7 +130,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], name: str) -> 
 
 def write_files(snapshot: Snapshot, target: Path) -> None:
     """Writes model.safetensors and state.pt into a local folder."""
-    save_file(dict(snapshot.model), target / MODEL, metadata={"format": "pt"})
+    metadata = {**snapshot.metadata, "format": "pt", STEP_KEY: str(snapshot.position.step)}
+    save_file(dict(snapshot.model), target / MODEL, metadata=metadata)
     state = {
         "optimiser": snapshot.optimiser,
         "ema": snapshot.ema,
@@ -148,6 +155,7 @@ def read_files(model: Path, state: Path, name: str) -> Snapshot:
             ema=content["ema"],
             position=Position(**content["position"]),
             world_size=content["world_size"],
+            metadata=_metadata(model),
         )
     except (
         KeyError,
@@ -158,6 +166,11 @@ def read_files(model: Path, state: Path, name: str) -> Snapshot:
     ) as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise CheckpointError(f"{name} is not a checkpoint of ours: {reason}") from error
+
+
+def _metadata(model: Path) -> dict[str, str]:
+    with safetensors.safe_open(model, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _copied(value: object) -> object:

@@ -2,8 +2,10 @@
 
 import argparse
 import io
+import json
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import fsspec
 import safetensors
@@ -19,6 +21,16 @@ class WeightsError(ValueError):
     """A checkpoint that cannot be read, or that does not fit the model tensor by tensor."""
 
 
+@dataclass(frozen=True)
+class CheckpointFile:
+    """What a file of weights holds."""
+
+    tensors: dict[str, Tensor]
+    """By name, on the CPU, without the `module.` of a parallel wrapper."""
+    metadata: dict[str, str]
+    """Of a safetensors header, and of a `torch.save` file the texts beside its state dict."""
+
+
 def read_tensors(source: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU, without the `module.` of a parallel wrapper.
 
@@ -26,11 +38,18 @@ def read_tensors(source: str) -> dict[str, Tensor]:
     bare state dict or one under "model" or "state_dict". WeightsError where it is neither; OSError
     where it cannot be read.
     """
+    return read_checkpoint(source).tensors
+
+
+def read_checkpoint(source: str) -> CheckpointFile:
+    """Tensors as `read_tensors`, and what the file says beside them. Raises as `read_tensors`."""
     with fsspec.open(source, "rb") as file:
         content: bytes = file.read()
     if source.endswith(".safetensors"):
-        return _without_prefix(_read_safetensors(content, source))
-    return _without_prefix(_state_dict(_read_pickle(content, source), source))
+        tensors = _without_prefix(_read_safetensors(content, source))
+        return CheckpointFile(tensors, _safetensors_metadata(content))
+    loaded = _read_pickle(content, source)
+    return CheckpointFile(_without_prefix(_state_dict(loaded, source)), _texts(loaded))
 
 
 def _read_safetensors(content: bytes, source: str) -> dict[str, Tensor]:
@@ -40,6 +59,19 @@ def _read_safetensors(content: bytes, source: str) -> dict[str, Tensor]:
         raise WeightsError(
             f"{source} is not a whole safetensors file ({error}); fetch it again"
         ) from error
+
+
+def _safetensors_metadata(content: bytes) -> dict[str, str]:
+    """The format: eight bytes of length, then a JSON header of that many bytes."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    return dict(header.get("__metadata__") or {})
+
+
+def _texts(loaded: object) -> dict[str, str]:
+    if not isinstance(loaded, Mapping):
+        return {}
+    return {str(key): value for key, value in loaded.items() if isinstance(value, str)}
 
 
 def _read_pickle(content: bytes, source: str) -> object:
