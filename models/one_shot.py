@@ -51,5 +51,5 @@ def search(
     `features` are `model.patch_features` of the crops. The answer to a crop does not depend on the
     other crops: it is what forward says for that crop alone.
     """
-    groups = tuple(model.query_group(one, None) for one in features.split(1, dim=1))
+    groups = tuple(model.query_group(one, None) for one in torch.split(features, 1, dim=1))
     return tuple(group.layers[-1] for group in model.detector.decode(memory, groups).groups)
