@@ -14,12 +14,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Float64, Int64, UInt8
+from pydantic import Field
 from torch import Tensor
 
 from data.annotations import BoxAnnotation
 from data.pictures import resize
 from data.randomness import sample_generator
+from models.settings import Settings
 from models.structures import Classes
+
+
+class CropSettings(Settings):
+    """Which objects may be references, and how they are shown."""
+
+    side: int = Field(default=128, ge=8)
+    """Side in pixels of the square that a reference is squashed to, as in pretraining."""
+    min_side: float = Field(default=16.0, ge=1)
+    """Objects with a shorter side in pixels, as stored, are no references (CoAE has no limit)."""
+    flip: float = Field(default=0.5, ge=0, le=1)
+    """Probability that a reference is mirrored in training."""
 
 
 @dataclass(frozen=True)

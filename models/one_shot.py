@@ -6,6 +6,8 @@ tensors are those of pretraining, hence `patch2query` of UP-DETR's public file l
 What is asked is asked of a finished memory: several crops cost one run of CNN and encoder.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -53,3 +55,14 @@ def search(
     """
     groups = tuple(model.query_group(one, None) for one in torch.split(features, 1, dim=1))
     return tuple(group.layers[-1] for group in model.detector.decode(memory, groups).groups)
+
+
+def matches_only(layer: LayerOutput) -> LayerOutput:
+    """The same answer with two logits, "matches" (label 0) and everything else.
+
+    The probability of "matches" stays exactly that of the softmax over all three.
+    """
+    others = [label for label in range(NUM_CLASSES + 1) if label != MATCHES]
+    rest = layer.logits[..., others].logsumexp(-1)
+    logits = torch.stack((layer.logits[..., MATCHES], rest), dim=-1)
+    return replace(layer, logits=logits)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from models.interop.detr import load_detr, to_detr_names
-from models.one_shot import MATCHES, one_shot_detector, one_shot_settings, search
+from models.one_shot import MATCHES, matches_only, one_shot_detector, one_shot_settings, search
 from models.patch_queries import PatchDetector, QueryPatches
 from tests.models.test_detector import images, settings
 
@@ -66,3 +66,12 @@ def test_pretrained_weights_fit_whole_the_class_head_and_patch2query_included() 
 def test_another_class_count_is_refused() -> None:
     with pytest.raises(ValueError, match=r"num_classes=20: one-shot .* leave num_classes out"):
         one_shot_settings(settings(num_classes=20))
+
+
+@torch.no_grad()
+def test_two_logits_say_the_probability_of_a_match_that_three_say() -> None:
+    layer = model()(images((64, 96)), crops(1, batch=1)).detection.groups[0].layers[-1]
+    two = matches_only(layer)
+    assert two.logits.shape[-1] == 2
+    torch.testing.assert_close(two.logits.softmax(-1)[..., 0], layer.logits.softmax(-1)[..., 1])
+    assert two.boxes is layer.boxes
