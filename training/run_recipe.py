@@ -1,0 +1,70 @@
+"""What the recipe of every stage says: where the run lies, how it learns, and on what machines."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from models.settings import Settings
+from training.ema import EmaSettings
+from training.job import LoopSettings
+from training.optimiser import OptimiserSettings
+from training.resources import Resources
+from training.retention import RetentionSettings
+from training.schedule import ScheduleSettings
+
+FREE_KEYS = (
+    "run",
+    "resources.",
+    "data.stream.",
+    "loop.log_every",
+    "loop.checkpoint_every_steps",
+    "loop.checkpoint_every_minutes",
+    "loop.max_bad_steps",
+    "loop.score_in_background",
+    "checkpoints.",
+)
+"""Keys, and sections with a dot, that a resumed run may change: they change nothing it learns."""
+
+
+class RunRecipe(Settings):
+    """The part of a recipe that all stages share."""
+
+    stage: str
+    """The kind of run that this recipe is of."""
+    run: str
+    """Folder of the run: a path or any fsspec URL."""
+    seed: int = Field(default=42, ge=0)
+    """Decides weights, order, augmentation and dropout."""
+    global_batch: int = Field(default=256, ge=1)
+    """Pictures in one batch of all workers together."""
+    init: str | None = None
+    """Weights to start from instead of random ones: a file, an exported or a running run's folder;
+    weights only, never the state of a run.
+    """
+    optimiser: OptimiserSettings = OptimiserSettings()
+    """AdamW."""
+    schedule: ScheduleSettings = ScheduleSettings()
+    """The learning rate over the run."""
+    loop: LoopSettings
+    """Length, precision and rhythm of the run."""
+    ema: EmaSettings | None = None
+    """A moving average of the weights, evaluated in place of the live ones; null for none."""
+    checkpoints: RetentionSettings = RetentionSettings()
+    """Which checkpoints stay."""
+    resources: Resources = Resources()
+    """Workers and devices."""
+
+    def check_workers(self) -> None:
+        """Raises ValueError where workers would be without a picture."""
+        if self.resources.workers > self.global_batch:
+            raise ValueError(
+                f"resources.workers={self.resources.workers} are more than the pictures of a "
+                f"batch, global_batch={self.global_batch}; use fewer workers"
+            )
+
+
+def absolute(path: str | None) -> str | None:
+    """A path for processes with other working directories; URLs stay as they are."""
+    if path is None or "://" in path:
+        return path
+    return str(Path(path).expanduser().absolute())
