@@ -8,6 +8,10 @@ import json
 from dataclasses import asdict, dataclass
 
 
+class AnnotationError(ValueError):
+    """A picture's annotation that does not fit the data set; the message names the picture."""
+
+
 @dataclass(frozen=True)
 class BoxAnnotation:
     """All boxes of one picture; every tuple but the size has one entry a box."""
@@ -28,11 +32,16 @@ class BoxAnnotation:
     """COCO's iscrowd: the box covers a group."""
     difficult: tuple[bool, ...]
     """VOC's difficult: not counted in its evaluation."""
+    segment_ids: tuple[int, ...] | None = None
+    """COCO panoptic: the number of each segment in the picture's PNG; None where there is none."""
 
 
 def annotation_json(annotation: BoxAnnotation) -> bytes:
-    """Compact JSON, the same bytes for the same annotation."""
-    return json.dumps(asdict(annotation), separators=(",", ":")).encode()
+    """Compact JSON, the same bytes for the same annotation; without a word of absent segments."""
+    fields = asdict(annotation)
+    if annotation.segment_ids is None:
+        del fields["segment_ids"]
+    return json.dumps(fields, separators=(",", ":")).encode()
 
 
 def parse_annotation(data: bytes) -> BoxAnnotation:
@@ -49,6 +58,7 @@ def parse_annotation(data: bytes) -> BoxAnnotation:
             areas=None if fields["areas"] is None else tuple(fields["areas"]),
             crowd=tuple(fields["crowd"]),
             difficult=tuple(fields["difficult"]),
+            segment_ids=tuple(fields["segment_ids"]) if "segment_ids" in fields else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -14,7 +14,14 @@ from jaxtyping import Bool, Float
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from models.resnet import FoldedResNet, ResNet, ResNetName, resnet_layout, run_resnet
+from models.resnet import (
+    FoldedResNet,
+    ResNet,
+    ResNetName,
+    resnet_layout,
+    run_resnet,
+    run_stages,
+)
 from models.settings import Settings
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -31,8 +38,10 @@ class BackboneSettings(Settings):
     """Put a bottleneck's stride on its first 1x1 convolution (original ResNet), not on the 3x3."""
     output: Literal["layer3", "layer4"] = "layer4"
     """The stage whose features the detector sees: layer4 (stride 32) or layer3 (stride 16)."""
-    weights: str
-    """Where the weights come from: a path or any fsspec URL of a checkpoint, or "random"."""
+    weights: str | None = None
+    """Where the weights come from: a path or any fsspec URL of a checkpoint, or "random"; null where
+    a checkpoint of the whole detector brings them (`init`).
+    """
     train: bool = False
     """Train from layer2 on, as DETR does; conv1, layer1 and every BatchNorm stay frozen."""
     frozen_precision: Precision = "auto"
@@ -85,6 +94,15 @@ class Backbone(nn.Module):
             return run_resnet(self.body.fold(self.body.conv1.weight.dtype), pixels)
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             return run_resnet(self.fold(), pixels)
+
+    def stages(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
+        """The features of every stage, `layer1` (stride 4) first; `forward` gives the last."""
+        if self.settings.train:
+            return run_stages(self.body.fold(self.body.conv1.weight.dtype), pixels)
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            return run_stages(self.fold(), pixels)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def fold(self) -> FoldedResNet:

@@ -97,19 +97,33 @@ class Detector(nn.Module):
 
     def encode(self, images: Images) -> Memory:
         """The pictures as tokens, one level."""
-        features = self.backbone(images.pixels)
+        return self.encode_features(self.backbone(images.pixels), images.padding)
+
+    def encode_features(
+        self,
+        features: Float[Tensor, "batch channels rows columns"],
+        padding: Bool[Tensor, "batch height width"],
+    ) -> Memory:
+        """The backbone's features of pictures with the given padding as tokens, one level."""
         rows, columns = features.shape[-2:]
-        padding = feature_padding(images.padding, rows, columns)
-        position = self._positions(padding).flatten(1, 2)
-        tokens = features.permute(0, 2, 3, 1).flatten(1, 2).to(self.input_projection.weight.dtype)
-        flat_padding = padding.flatten(1)
+        cells_padding = feature_padding(padding, rows, columns)
+        position = self._positions(cells_padding).flatten(1, 2)
+        flat_padding = cells_padding.flatten(1)
         return Memory(
-            tokens=self.encoder(self.input_projection(tokens), position, flat_padding),
+            tokens=self.encoder(self.project(features), position, flat_padding),
             position=position,
             padding=flat_padding,
             spatial_shapes=((rows, columns),),
-            valid_ratios=_valid_ratios(padding),
+            valid_ratios=_valid_ratios(cells_padding),
         )
+
+    def project(
+        self, features: Float[Tensor, "batch channels rows columns"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """The backbone's features as the encoder takes them in."""
+        tokens = features.permute(0, 2, 3, 1).flatten(1, 2).to(self.input_projection.weight.dtype)
+        projected: Tensor = self.input_projection(tokens)
+        return projected
 
     def decode(
         self, memory: Memory, groups: tuple[QueryGroup, ...], record: bool = False

@@ -74,6 +74,21 @@ def run_resnet(
     return features
 
 
+def run_stages(
+    resnet: FoldedResNet, pixels: Float[Tensor, "batch 3 height width"]
+) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
+    """The output of every stage, `layer1` first; the last one is that of `run_resnet`.
+
+    All of them stay in memory, which `run_resnet` spares.
+    """
+    features = run_stem(resnet, pixels)
+    outputs = []
+    for blocks in resnet.stages:
+        features = run_stage(blocks, features)
+        outputs.append(features)
+    return tuple(outputs)
+
+
 def _run_block(block: FoldedBlock, features: Tensor) -> Tensor:
     shortcut = features if block.shortcut is None else _convolve(block.shortcut, features)
     *inner, last = block.convolutions

@@ -57,6 +57,8 @@ class Classes:
     """One name per class, no two alike."""
     ids: tuple[int, ...]
     """The numbers that the data give them, with gaps or not: 1..90 for COCO's 80, 1..20 for VOC."""
+    things: tuple[bool, ...] | None = None
+    """Panoptic data: True for what can be counted, False for stuff; None where all are things."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where names or ids come twice, or are not equally many."""
@@ -66,6 +68,11 @@ class Classes:
                 raise ValueError(f"the {what} {twice[0]} stands for two classes; give each its own")
         if len(self.names) != len(self.ids):
             raise ValueError(f"{len(self.names)} class names and {len(self.ids)} ids: give as many")
+        if self.things is not None and len(self.things) != len(self.names):
+            raise ValueError(
+                f"{len(self.names)} class names, {len(self.things)} of them marked as thing or "
+                "stuff: mark all or none"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Parity of DETR and UP-DETR, pretraining and finetuned: forward, matching, losses, gradients."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,13 +55,13 @@ class Run:
 
 def run_detector(case: Case) -> Iterator[Finding]:
     """A DETR."""
-    tensors = _tensors(case)
+    tensors = tensors_of(case)
     settings = _settings(case, tensors)
     model = Detector(settings, torch.Generator())
     load_detr(model, tensors, source=case.name)
     model.train(case.config["mode"] == "train")
-    images = _images(case)
-    with torch.set_grad_enabled(model.training), _Watch(model) as watch:
+    images = images_of(case)
+    with torch.set_grad_enabled(model.training), Watch(model) as watch:
         run = Run(model(images), watch.queries, watch.projected)
     yield from _findings(case, model, model, images, run)
 
@@ -69,7 +69,7 @@ def run_detector(case: Case) -> Iterator[Finding]:
 def run_patch_detector(case: Case) -> Iterator[Finding]:
     """UP-DETR in pretraining."""
     config = case.config
-    tensors = _tensors(case)
+    tensors = tensors_of(case)
     settings = _settings(case, tensors)
     patches = QueryPatches(
         num_patches=config["num_patches"],
@@ -81,8 +81,8 @@ def run_patch_detector(case: Case) -> Iterator[Finding]:
     model = PatchDetector(settings, patches, torch.Generator())
     load_detr(model, tensors, source=case.name)
     model.train(config["mode"] == "train")
-    images = _images(case)
-    with torch.set_grad_enabled(model.training), _Watch(model.detector) as watch:
+    images = images_of(case)
+    with torch.set_grad_enabled(model.training), Watch(model.detector) as watch:
         said = model(images, _patches(case), _draws(case))
         flat_features = said.patch_features.flatten(0, 1)
         run = Run(
@@ -101,8 +101,8 @@ def run_patch_detector(case: Case) -> Iterator[Finding]:
 def _findings(
     case: Case, model: nn.Module, detector: Detector, images: Images, run: Run
 ) -> Iterator[Finding]:
-    yield _trained(case, model)
-    yield from _intermediates(case, detector, images, run)
+    yield trained_finding(case, model)
+    yield from intermediates(case, detector, images, run)
     (group,) = run.output.groups
     if not case.config["aux_loss"]:
         group = GroupOutput(group.name, group.layers[-1:])
@@ -119,7 +119,7 @@ def _findings(
             yield from _gradients(case, model, group, targets, losses)
 
 
-def _intermediates(case: Case, detector: Detector, images: Images, run: Run) -> Iterator[Finding]:
+def intermediates(case: Case, detector: Detector, images: Images, run: Run) -> Iterator[Finding]:
     """From the CNN to the decoder's states, so that a difference shows where it begins."""
     memory = run.output.memory
     (rows, columns), batch = memory.spatial_shapes[0], len(images.sizes)
@@ -197,7 +197,9 @@ def _box_losses(case: Case, group: GroupOutput, targets: Targets) -> Losses:
     return set_losses(group, targets, boxes_only, costs_of(case.config))
 
 
-def _trained(case: Case, model: nn.Module) -> Finding:
+def trained_finding(
+    case: Case, model: nn.Module, name_of: Callable[[str], str] = detr_name
+) -> Finding:
     """Tensors that are trained by one side only."""
     assert case.manifest is not None
     wanted = {
@@ -205,24 +207,22 @@ def _trained(case: Case, model: nn.Module) -> Finding:
         for name, entry in json.loads(case.manifest.read_text()).items()
         if entry.get("requires_grad")
     }
-    ours = {detr_name(name) for name, tensor in model.named_parameters() if tensor.requires_grad}
+    ours = {name_of(name) for name, tensor in model.named_parameters() if tensor.requires_grad}
     odd = sorted(wanted ^ ours)
     return Finding(
         "trained tensors", float(len(odd)), 0, ", ".join(odd[:3]) or "all as they should be"
     )
 
 
-def _tensors(case: Case) -> dict[str, Tensor]:
+def tensors_of(case: Case) -> dict[str, Tensor]:
+    """The tensors of the case's manifest, by formula."""
     assert case.manifest is not None
     made = formula.weights(case.manifest, case.config.get("fill_overrides", {}))
     return {name: torch.from_numpy(np.asarray(value)) for name, value in made.items()}
 
 
 def _settings(case: Case, tensors: dict[str, Tensor]) -> DetectorSettings:
-    """As inferred from the tensors, which the case's own words must confirm."""
     config = case.config
-    if config["activation"] != "relu" or config["dropout"]:
-        raise NotSupportedError(f"activation {config['activation']}, dropout {config['dropout']}")
     settings = detr_settings(
         tensors,
         source="formula",
@@ -230,6 +230,14 @@ def _settings(case: Case, tensors: dict[str, Tensor]) -> DetectorSettings:
         dilation=config["dilation"],
         train_backbone=config["train_backbone"],
     )
+    return confirmed(case, settings)
+
+
+def confirmed(case: Case, settings: DetectorSettings) -> DetectorSettings:
+    """Settings inferred from tensors, which the case's own words must confirm, for a comparison."""
+    config = case.config
+    if config["activation"] != "relu" or config["dropout"]:
+        raise NotSupportedError(f"activation {config['activation']}, dropout {config['dropout']}")
     told = {
         "backbone": settings.backbone.name,
         "position_embedding": settings.position,
@@ -237,6 +245,7 @@ def _settings(case: Case, tensors: dict[str, Tensor]) -> DetectorSettings:
         "dec_layers": settings.decoder_layers,
         "dim_feedforward": settings.feedforward_dim,
         "hidden_dim": settings.hidden_dim,
+        "nheads": settings.num_heads,
         "pre_norm": settings.pre_norm,
         "num_queries": settings.num_queries,
         "num_classes": settings.num_classes,
@@ -248,7 +257,8 @@ def _settings(case: Case, tensors: dict[str, Tensor]) -> DetectorSettings:
     return settings.model_copy(update={"dropout": 0.0, "backbone": backbone})
 
 
-def _images(case: Case) -> Images:
+def images_of(case: Case) -> Images:
+    """The pictures of the case, padded to the largest."""
     made = [_picture(described) for described in case.inputs["images"]]
     sizes = torch.tensor([picture.shape[1:] for picture in made])
     height, width = sizes.amax(0).tolist()
@@ -295,7 +305,7 @@ def _draws(case: Case) -> PatchDraws | None:
     return PatchDraws(keep, order)
 
 
-class _Watch:
+class Watch:
     """Takes down what enters the decoder and leaves the input projection."""
 
     def __init__(self, detector: Detector) -> None:
@@ -304,7 +314,7 @@ class _Watch:
         self._queries: QueryGroup | None = None
         self._projected: Tensor | None = None
 
-    def __enter__(self) -> "_Watch":
+    def __enter__(self) -> "Watch":
         def take_queries(_: nn.Module, given: tuple[object, ...]) -> None:
             groups = given[1]
             assert isinstance(groups, tuple)

@@ -14,6 +14,7 @@ from tests.parity.case import (
 )
 from tests.parity.criterion import run_criterion, run_postprocess
 from tests.parity.detector import run_detector, run_patch_detector
+from tests.parity.panoptic import run_panoptic
 
 
 def run_all(folder: Path) -> bool:
@@ -35,6 +36,8 @@ def _runner(case: Case) -> Iterator[Finding]:
         return run_detector(case)
     if kind.startswith("updetr_pretrain_"):
         return run_patch_detector(case)
+    if kind.startswith("panoptic_"):
+        return run_panoptic(case)
     if kind in ("criterion_detr", "criterion_updetr"):
         return run_criterion(case)
     if kind == "postprocess_detr":
