@@ -134,8 +134,8 @@ def _label(name: str, numbers: Mapping[str, int], annotation: BoxAnnotation) -> 
 
 
 def _box_areas(boxes_xyxy: Float64[np.ndarray, "boxes 4"]) -> Float64[np.ndarray, " boxes"]:
-    width, height = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).T
-    return width * height
+    areas: Float64[np.ndarray, " boxes"] = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
+    return areas
 
 
 def _settled(truth: PictureTruth, difficult: Difficult) -> PictureTruth:

@@ -130,11 +130,11 @@ def _iou(
 ) -> Float64[np.ndarray, " pairs"]:
     """IoU pair by pair; `pixel` is what a width is longer than the difference of its ends."""
     low, high = np.maximum(first[:, :2], second[:, :2]), np.minimum(first[:, 2:], second[:, 2:])
-    width, height = np.clip(high - low + pixel, 0, None).T
-    shared = width * height
+    shared = np.clip(high - low + pixel, 0, None).prod(axis=1)
     areas = [(boxes[:, 2:] - boxes[:, :2] + pixel).prod(axis=1) for boxes in (first, second)]
-    union: Float64[np.ndarray, " pairs"] = areas[0] + areas[1] - shared
-    return shared / np.maximum(union, np.finfo(np.float64).tiny)
+    union = np.maximum(areas[0] + areas[1] - shared, np.finfo(np.float64).tiny)
+    overlaps: Float64[np.ndarray, " pairs"] = shared / union
+    return overlaps
 
 
 def _verdicts(

@@ -1,0 +1,144 @@
+"""One worker's part of an evaluation: what the pictures hold and what was found in them.
+
+Detections leave the device once a batch, as the surest `max_detections` of each picture, float32:
+2.4 kB a picture.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from data.evaluation_batches import EvaluationBatch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from finetune.scores import PictureDetections, PictureTruth, truth_of
+from models.postprocess import detections
+from models.structures import Classes, DetectorOutput, Images, LayerOutput
+
+
+@dataclass(frozen=True)
+class JudgedPicture:
+    """A picture with what it holds and what was found in it."""
+
+    sample_id: int
+    """Its position in the index of its set."""
+    truth: PictureTruth
+    detections: PictureDetections
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker found; labels are those of the data."""
+
+    pictures: tuple[JudgedPicture, ...]
+    skipped: tuple[str, ...]
+    """Pictures that could not be read, and why."""
+    left_out: Mapping[str, int]
+    """Detections of each class of the model that the data do not have."""
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """How the classes of a model meet those of the data, by name."""
+
+    labels: Int64[np.ndarray, " model_classes"]
+    """The label in the data of each class of the model; -1 where the data do not have it."""
+    missing: tuple[str, ...]
+    """Classes of the data that the model does not know."""
+    unknown: tuple[str, ...]
+    """Classes of the model that the data do not have."""
+
+
+def map_classes(model: Classes, data: Classes) -> ClassMap:
+    """Which class of the data each class of the model is.
+
+    Raises:
+        ValueError: none of the model's classes is in the data.
+    """
+    places = {name: label for label, name in enumerate(data.names)}
+    labels = np.array([places.get(name, -1) for name in model.names], np.int64)
+    if not (labels >= 0).any():
+        raise ValueError(
+            f"no class of the detector ({_few(model.names)}) is one of the data "
+            f"({_few(data.names)}): evaluate on data whose classes have the same names"
+        )
+    return ClassMap(
+        labels=labels,
+        missing=tuple(name for name in data.names if name not in set(model.names)),
+        unknown=tuple(name for name in model.names if name not in places),
+    )
+
+
+@torch.no_grad()
+def predict_share(
+    model: nn.Module,
+    batches: Iterable[EvaluationBatch],
+    model_classes: Classes,
+    classes: Classes,
+    max_detections: int,
+    precision: Literal["float32", "bf16"],
+) -> Share:
+    """Runs the model, which is in evaluation mode, over the batches; `classes` are the data's.
+
+    Raises:
+        ValueError: an object of a class that is none of `classes`, or no class in common.
+    """
+    class_map = map_classes(model_classes, classes)
+    pictures: list[JudgedPicture] = []
+    skipped: list[str] = []
+    left_out: Counter[str] = Counter()
+    for batch in batches:
+        skipped += map(str, batch.skipped)
+        if not batch.keys:
+            continue
+        found = picture_detections(_last_layer(model, batch.images, precision), _stored(batch))
+        truths = [truth_of(annotation, classes) for annotation in batch.annotations]
+        for sample_id, truth, each in zip(batch.sample_ids.tolist(), truths, found, strict=True):
+            known = class_map.labels[each.labels] >= 0
+            left_out.update(model_classes.names[label] for label in each.labels[~known])
+            surest = _surest(_chosen(each, np.flatnonzero(known)), max_detections)
+            renamed = replace(surest, labels=class_map.labels[surest.labels])
+            pictures.append(JudgedPicture(sample_id, truth, renamed))
+    return Share(tuple(pictures), tuple(skipped), dict(left_out))
+
+
+def picture_detections(
+    layer: LayerOutput, sizes: Int64[Tensor, "batch 2"]
+) -> list[PictureDetections]:
+    """One detection of each object query in pixels of pictures of these (height, width)."""
+    found = detections(layer, sizes.to(layer.boxes.device))
+    columns = (found.boxes_xyxy, found.labels, found.scores)
+    return [
+        PictureDetections(boxes, labels, scores)
+        for boxes, labels, scores in zip(*(part.cpu().numpy() for part in columns), strict=True)
+    ]
+
+
+def _last_layer(
+    model: nn.Module, images: Images, precision: Literal["float32", "bf16"]
+) -> LayerOutput:
+    with torch.autocast(images.pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        output: DetectorOutput = model(images)
+    return output.groups[0].layers[-1]
+
+
+def _stored(batch: EvaluationBatch) -> Int64[Tensor, "batch 2"]:
+    """(height, width) of the stored pictures, as annotated."""
+    return torch.tensor([[each.height, each.width] for each in batch.annotations])
+
+
+def _surest(found: PictureDetections, count: int) -> PictureDetections:
+    return _chosen(found, np.argsort(-found.scores, kind="stable")[:count])
+
+
+def _chosen(found: PictureDetections, places: Int64[np.ndarray, " _"]) -> PictureDetections:
+    return PictureDetections(found.boxes_xyxy[places], found.labels[places], found.scores[places])
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
