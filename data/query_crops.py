@@ -85,7 +85,8 @@ def catalogue_of(
 ) -> CropCatalogue:
     """The objects of `labels` that are not difficult and at least `min_side` pixels on both sides.
 
-    The arrays are in shared memory: processes that get the catalogue do not copy it.
+    torch moves the arrays into shared memory when they go to another process, so all loader
+    processes of a rank share them.
     """
     sides = objects.boxes_xyxy[:, 2:] - objects.boxes_xyxy[:, :2]
     fit = (sides >= min_side).all(axis=1) & ~objects.difficult
@@ -93,9 +94,9 @@ def catalogue_of(
     places = places[np.lexsort((places, objects.sample_ids[places], objects.labels[places]))]
     counts = np.bincount(objects.labels[places], minlength=num_labels)
     return CropCatalogue(
-        sample_ids=_shared(objects.sample_ids[places]),
-        boxes_xyxy=_shared(objects.boxes_xyxy[places]),
-        firsts=_shared(np.concatenate([[0], np.cumsum(counts)])),
+        sample_ids=torch.from_numpy(objects.sample_ids[places]),
+        boxes_xyxy=torch.from_numpy(objects.boxes_xyxy[places]),
+        firsts=torch.from_numpy(np.concatenate([[0], np.cumsum(counts)])),
     )
 
 
@@ -195,9 +196,3 @@ def _other_crops(
     own = catalogue.sample_ids[first:end].numpy() == sample_id
     numbers = np.arange(first, end)
     return numbers if own.all() else numbers[~own]
-
-
-def _shared(array: np.ndarray) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    tensor.share_memory_()  # type: ignore[no-untyped-call]
-    return tensor
