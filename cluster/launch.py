@@ -15,9 +15,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from cluster.board import Board, Message
+from cluster.stages import Recipe
 from cluster.storage import forget_ray_record, ray_storage
 from cluster.worker import device_of, run_on_ray
-from pretrain.recipe import PretrainRecipe
 from training.checkpoint import FOLDER
 from training.progress import Bar, PlainLines, open_display
 from training.recipe import recipe_yaml
@@ -50,7 +50,7 @@ class JobFailed(RuntimeError):  # noqa: N818
     """The workers failed more often than resources.max_restarts; the message holds their error."""
 
 
-def run_with_ray(recipe: PretrainRecipe, address: str | None, console: Console) -> None:
+def run_with_ray(recipe: Recipe, address: str | None, console: Console) -> None:
     """Runs the recipe on a Ray cluster, a fresh local one where `address` is None, to its end.
 
     The first signal asks the workers for a checkpoint and an end; a second one ends this process.
@@ -87,7 +87,7 @@ class _Fit(threading.Thread):
             self.is_finished = True
 
 
-def _trainer(recipe: PretrainRecipe, folder: RunFolder, board: Any) -> TorchTrainer:
+def _trainer(recipe: Recipe, folder: RunFolder, board: Any) -> TorchTrainer:
     resources = recipe.resources
     use_gpu = _uses_gpus(resources)
     path, filesystem = ray_storage(folder)

@@ -7,14 +7,18 @@ resume is refused when the shards are others than those that the run began with.
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import assert_never
 
 import fsspec
+from finetune.run import checked_recipe
 
+from cluster.stages import Recipe, free_keys, parsed_recipe
 from data.index import index_digest, read_index
 from data.order import batches_per_epoch
+from finetune.recipe import FinetuneRecipe
 from models.interop.backbones import RANDOM_WEIGHTS
-from pretrain.recipe import FREE_KEYS, PretrainRecipe, with_absolute_paths
-from training.recipe import load_recipe
+from pretrain.recipe import PretrainRecipe
 from training.record import check_same_recipe, read_recipe_values
 from training.run_folder import RunFolder, open_run_folder
 
@@ -27,40 +31,69 @@ class RefusedJob(ValueError):  # noqa: N818
     """A job that must not start; the message names the way out."""
 
 
-def check_new_run(recipe: PretrainRecipe) -> None:
-    """Refuses a folder that holds a run already, and what `check_inputs` refuses."""
+def checked_new_run(recipe: Recipe) -> Recipe:
+    """The recipe with what its data and weights tell; raises RefusedJob where a run lies there
+    already, and what `checked_inputs` raises.
+    """
     folder = open_run_folder(recipe.run)
     if read_recipe_values(folder) is not None:
         raise RefusedJob(
             f"run={recipe.run} holds a run already; continue it with `querypatch resume "
             f"{recipe.run}`, or give another run="
         )
-    folder.write(DATA, json.dumps(check_inputs(recipe), indent=1).encode())
+    checked = checked_inputs(recipe)
+    folder.write(DATA, json.dumps(checked.digests, indent=1).encode())
+    return checked.recipe
 
 
-def resumed_recipe(url: str, overrides: Sequence[str]) -> PretrainRecipe:
+def resumed_recipe(url: str, overrides: Sequence[str]) -> Recipe:
     """The recipe of the run at `url`, with overrides of keys that change nothing of what it learns.
 
-    Raises RefusedJob or RecipeError: no run there, other keys differ, or its shards changed.
+    Raises RefusedJob or RecipeError: no run there, other keys differ, or its data changed.
     """
     folder = open_run_folder(url)
     values = read_recipe_values(folder)
     if values is None:
         raise RefusedJob(
             f"{folder.url} holds no run (no recipe.yaml); start one with "
-            f"`querypatch pretrain RECIPE run={url}`"
+            f"`querypatch pretrain RECIPE run={url}` or `querypatch finetune RECIPE run={url}`"
         )
-    recipe = with_absolute_paths(load_recipe(PretrainRecipe, values, [*overrides, f"run={url}"]))
-    check_same_recipe(folder, recipe, may_differ=FREE_KEYS)
-    _check_same_data(folder, check_inputs(recipe))
+    recipe = parsed_recipe(values, [*overrides, f"run={url}"])
+    check_same_recipe(folder, recipe, may_differ=free_keys(recipe))
+    _check_same_data(folder, checked_inputs(recipe).digests)
     return recipe
 
 
-def check_inputs(recipe: PretrainRecipe) -> dict[str, str]:
-    """Reads what the run will read; returns the digests of its shards by key.
+@dataclass(frozen=True)
+class CheckedInputs:
+    """What a look at a run's inputs told."""
 
-    Raises the errors of `read_index`, or RefusedJob: too few pictures, or no such weights.
+    recipe: Recipe
+    """Complete: with the architecture and the classes that weights and data tell."""
+    digests: dict[str, str]
+    """Of the data, by key."""
+
+
+def checked_inputs(recipe: Recipe) -> CheckedInputs:
+    """Reads what the run will read.
+
+    Raises the errors of the readers, or RefusedJob: too few pictures, or no such weights.
     """
+    if recipe.model.backbone.weights is not None:
+        _check_exists("model.backbone.weights", recipe.model.backbone.weights)
+    if recipe.init is not None:
+        _check_exists("init", recipe.init)
+    match recipe:
+        case PretrainRecipe():
+            return CheckedInputs(recipe, _shard_digests(recipe))
+        case FinetuneRecipe():
+            complete, digests = checked_recipe(recipe)
+            return CheckedInputs(complete, digests)
+        case _:
+            assert_never(recipe)
+
+
+def _shard_digests(recipe: PretrainRecipe) -> dict[str, str]:
     shards = read_index(recipe.data.shards)
     batches_per_epoch(shards, recipe.global_batch, recipe.data.order)
     digests = {"data.shards": index_digest(shards)}
@@ -68,11 +101,8 @@ def check_inputs(recipe: PretrainRecipe) -> dict[str, str]:
         digests["data.held_out"] = index_digest(read_index(recipe.data.held_out))
         if digests["data.held_out"] == digests["data.shards"]:
             logger.warning("data.held_out holds the shards that are learned from: no fair measure")
-    elif recipe.loop.evaluate_every is not None:
+    elif recipe.loop.evaluate_every is not None or recipe.loop.evaluate_every_epochs is not None:
         logger.warning("data.held_out is not given: nothing is evaluated during the run")
-    _check_exists("model.backbone.weights", recipe.model.backbone.weights)
-    if recipe.init is not None:
-        _check_exists("init", recipe.init)
     return digests
 
 
@@ -96,6 +126,6 @@ def _check_same_data(folder: RunFolder, digests: dict[str, str]) -> None:
     for key, digest in digests.items():
         if recorded.get(key, digest) != digest:
             raise RefusedJob(
-                f"{key} holds other shards than those that {folder.url} began with, so its order "
-                "cannot be continued; restore them, or start a new run with init="
+                f"{key} holds other pictures than those that {folder.url} began with, so its "
+                "order cannot be continued; restore them, or start a new run with init="
             )

@@ -16,16 +16,16 @@ import torch
 from rich.console import Console
 
 from cluster.board import BoardDisplay
+from cluster.stages import Recipe, parsed_recipe, run_stage
 from cluster.storage import RayCheckpoints
-from pretrain.recipe import PretrainRecipe
-from pretrain.run import Host, pretrain
 from training.checkpoint import CheckpointWriter
 from training.job import Checkpoints
 from training.progress import Display, open_display
-from training.recipe import load_recipe, recipe_digest
+from training.recipe import recipe_digest
 from training.resources import Resources
 from training.run_folder import StoreError, open_run_folder
 from training.snapshot import Position
+from training.stage import Host
 from training.stopping import StopFlag, stop_on_signals
 from training.uploads import Uploads
 from training.world import World
@@ -38,7 +38,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 def run_on_ray(config: Mapping[str, Any]) -> None:
     """The function that Ray calls on every worker: `recipe` (YAML) and `board` (an actor)."""
-    recipe = load_recipe(PretrainRecipe, config["recipe"])
+    recipe = parsed_recipe(config["recipe"])
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     _log_to_driver(world)
@@ -46,26 +46,26 @@ def run_on_ray(config: Mapping[str, Any]) -> None:
     display = BoardDisplay(config["board"], time.monotonic)
     stop = display.stop_requested if world.is_first else _never
     try:
-        run_stage(recipe, world, stop, display.begin, RayCheckpoints)
+        run_worker(recipe, world, stop, display.begin, RayCheckpoints)
     except PERMANENT as error:
         # Ray would start the workers again, to the same end.
         ray.get(config["board"].fail.remote(str(error)))
         raise
 
 
-def run_alone(recipe: PretrainRecipe, console: Console) -> Position:
+def run_alone(recipe: Recipe, console: Console) -> Position:
     """The whole run in this process, without Ray; signals ask it to stop."""
     torch.set_num_threads(recipe.resources.cpus_per_worker)
     world = World.alone(device_of(recipe.resources))
     flag = StopFlag()
     with stop_on_signals(flag):
-        return run_stage(
+        return run_worker(
             recipe, world, flag, lambda start, total: open_display(console, start, total), _as_it_is
         )
 
 
-def run_stage(
-    recipe: PretrainRecipe,
+def run_worker(
+    recipe: Recipe,
     world: World,
     stop: Callable[[], bool],
     display: Callable[[int, int], AbstractContextManager[Display]],
@@ -84,7 +84,7 @@ def run_stage(
         display=display,
     )
     try:
-        position = pretrain(recipe, host)
+        position = run_stage(recipe, host)
     finally:
         uploads.close()
     if uploads.failures_in_a_row:

@@ -1,19 +1,30 @@
 """What a finetuning task gives to the run: the one interface of detection, one-shot and panoptic."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic
 
 import torch
 from torch import nn
 
-from data.loader import BatchContent
+from data.loader import BatchContent, P
+from models.artefact import ArtefactKind
+from models.interop.placing import LoadReport
 from models.structures import DetectionBatch, Losses
 
-P = TypeVar("P")
 
-Metrics = Mapping[str, float]
-"""Numbers of an evaluation by name, e.g. `ap50`."""
+@dataclass(frozen=True)
+class Judgement:
+    """What an evaluation found."""
+
+    metrics: Mapping[str, float]
+    """Numbers by name, e.g. `ap50`; only those that exist."""
+    content: Mapping[str, object] = field(default_factory=dict)
+    """Everything, as JSON: tables by class, skipped pictures."""
+
+
+Scoring = Callable[[], Judgement]
+"""What is left to do when everything is predicted; may be called in another thread."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +35,17 @@ class Task(Generic[P]):
     """On the CPU; equal on every worker."""
     backbone: nn.Module | None
     """The part of `model` with a learning rate of its own; None where it has none."""
+    load_report: LoadReport
+    """Where the first weights come from."""
+    kind: ArtefactKind
+    """What the weights are, for their header."""
     content: BatchContent[P]
     """What the stream makes of the samples."""
     to_device: Callable[[P, torch.device], DetectionBatch]
     """A packed batch on its device, normalised there."""
     objective: Callable[[nn.Module, DetectionBatch, torch.Generator], Losses]
     """The losses of a batch, with divisors over all workers; not finite where nothing matches."""
-    evaluate: Callable[[nn.Module], Callable[[], Metrics]]
+    evaluate: Callable[[nn.Module], Scoring] | None
     """Predicts on this worker's share (on every worker) and returns the scoring that is left to
-    do: it may be called in another thread, and gives the numbers on the first worker alone.
+    do, on the first worker alone. None where there is nothing to evaluate on.
     """

@@ -1,0 +1,130 @@
+"""The recipe of a finetuning run: the detector, its weights, the labelled pictures, the schedule."""
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from data.subsets import SubsetSettings
+from pydantic import Field, model_validator
+
+from data.detection_set import SetKind
+from data.detection_transforms import AugmentSettings
+from data.loader import StreamSettings
+from data.order import OrderSettings
+from finetune.evaluation import EvaluationSettings
+from finetune.one_shot import OneShotSettings
+from finetune.panoptic import PanopticSettings
+from models.detector import DetectorSettings
+from models.interop.backbones import RANDOM_WEIGHTS
+from models.losses import LossWeights
+from models.matching import MatchingCosts
+from models.settings import Settings
+from training import run_recipe
+from training.early_stop import EarlyStopSettings
+from training.run_recipe import RunRecipe, absolute
+
+FREE_KEYS = (*run_recipe.FREE_KEYS, "evaluation.batch_size", "evaluation.processes")
+"""Keys, and sections with a dot, that a resumed run may change: they change nothing it learns."""
+
+RECIPES = "finetune.recipes"
+"""The package of the recipes that come with querypatch."""
+
+USERS_KEYS = ("run", "data.train", "model.backbone.weights")
+"""Keys that no recipe can know."""
+
+
+class DetectionData(Settings):
+    """The labelled pictures."""
+
+    train: str
+    """What to learn from: a COCO json, a VOC root, a YOLO data.yaml or annotated shards, by path or
+    any fsspec URL; `#SPLIT` names a split, e.g. VOCdevkit#07+12-trainval or data.yaml#train.
+    """
+    validation: str | None = None
+    """What to evaluate on, in the same words; null evaluates nothing."""
+    kind: SetKind | None = None
+    """What `train` and `validation` are; null finds it out."""
+    train_pictures: str | None = None
+    """Folder of the pictures of a COCO json that does not lie beside them."""
+    validation_pictures: str | None = None
+    """The same for `validation`."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes in order, for shards that do not name them; null takes the data's."""
+    difficult: Literal["keep", "drop"] = "keep"
+    """Whether objects marked difficult (VOC) are learned; how they count is `evaluation.difficult`.
+    """
+    subset: SubsetSettings | None = None
+    """Learn from a seeded part of `train` alone; null takes all."""
+    augment: AugmentSettings = AugmentSettings()
+    """How pictures change; `kind: none` shows always the same pixels."""
+    order: OrderSettings = OrderSettings()
+    """The order of the pictures."""
+    stream: StreamSettings = StreamSettings()
+    """How the pictures are brought in; nothing here changes what is learned."""
+
+
+class FinetuneRecipe(RunRecipe):
+    """One finetuning run."""
+
+    stage: Literal["finetune"] = "finetune"
+    """The kind of run that this recipe is of."""
+    task: Literal["detect", "one_shot", "panoptic"] = "detect"
+    """Boxes of all classes; boxes of the class of a query crop; a mask head on a finished detector.
+    """
+    global_batch: int = Field(default=16, ge=1)
+    """Pictures in one batch of all workers together."""
+    model: DetectorSettings
+    """The detector. What `init` tells of it need not be said; what is said must agree with it."""
+    costs: MatchingCosts = MatchingCosts()
+    """What the matching weighs."""
+    losses: LossWeights = LossWeights()
+    """What the loss weighs."""
+    data: DetectionData
+    """The pictures."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """How the detector is judged."""
+    one_shot: OneShotSettings = OneShotSettings()
+    """Of task one_shot."""
+    panoptic: PanopticSettings = PanopticSettings()
+    """Of task panoptic."""
+    best_metric: str = "eval/ap"
+    """Metric of the evaluation by which the best weights are kept in `best/`."""
+    early_stop: EarlyStopSettings | None = None
+    """End the run when evaluations no longer improve; null never does."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        self.check_workers()
+        waits = self.early_stop is not None or self.checkpoints.best_metric is not None
+        if waits and self.loop.score_in_background:
+            raise ValueError(
+                "early_stop and checkpoints.best_metric wait for every evaluation; use them with "
+                "loop.score_in_background=false"
+            )
+        if self.task == "panoptic" and self.init is None:
+            raise ValueError(
+                "task=panoptic trains a mask head on a finished detector; name it with init=, a "
+                "run of task=detect on the same classes"
+            )
+        return self
+
+
+def with_absolute_paths(recipe: FinetuneRecipe) -> FinetuneRecipe:
+    """The same recipe for processes with other working directories; URLs stay as they are."""
+    keys = ("train", "validation", "train_pictures", "validation_pictures")
+    places = {key: absolute(place) for key, place in _places(recipe.data, keys)}
+    backbone = recipe.model.backbone
+    if backbone.weights != RANDOM_WEIGHTS:
+        backbone = backbone.model_copy(update={"weights": absolute(backbone.weights)})
+    return recipe.model_copy(
+        update={
+            "run": absolute(recipe.run),
+            "init": absolute(recipe.init),
+            "data": recipe.data.model_copy(update=places),
+            "model": recipe.model.model_copy(update={"backbone": backbone}),
+        }
+    )
+
+
+def _places(data: DetectionData, keys: Sequence[str]) -> list[tuple[str, str | None]]:
+    values = data.model_dump()
+    return [(key, values[key]) for key in keys]

@@ -1,0 +1,184 @@
+"""The assembly of a finetuning run: recipe to sets, task, stream and stage."""
+
+import json
+import logging
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from dataclasses import asdict
+from typing import assert_never
+
+from torch import nn
+
+from data.detection_set import DetectionSet, aligned
+from data.index import index_digest
+from data.loader import P, StreamSource
+from data.order import batches_per_epoch
+from data.stream import ExactStream
+from finetune.detection import detection_task
+from finetune.keeping import Keeper, history_of
+from finetune.one_shot_task import one_shot_task
+from finetune.panoptic_task import panoptic_task
+from finetune.recipe import FinetuneRecipe
+from finetune.sets import open_train_set, open_validation_set
+from finetune.task import Task
+from finetune.transfer import resolve_model
+from models.artefact import ArtefactKind, PictureInput, Provenance, artefact_metadata
+from models.structures import Classes, DetectionBatch
+from training.checkpoint import newest_checkpoint
+from training.early_stop import stopped_at
+from training.job import Evaluated, Scoring
+from training.snapshot import Position
+from training.stage import Host, Stage, train_stage
+
+logger = logging.getLogger(__name__)
+
+LOAD_REPORT = "load_report.json"
+
+
+def finetune(recipe: FinetuneRecipe, host: Host) -> Position:
+    """Trains from the run's newest whole checkpoint to its end; returns how far it came.
+
+    Called on every worker. Raises what the sets, the weights and `train_stage` raise.
+    """
+    over = _stopped_early(recipe, host)
+    if over is not None:
+        return over
+    train = open_train_set(recipe.data)
+    validation = open_validation_set(recipe.data)
+    match recipe.task:
+        case "detect":
+            return _run(recipe, host, train, detection_task(recipe, train, validation, host.world))
+        case "one_shot":
+            return _run(recipe, host, train, one_shot_task(recipe, train, validation, host.world))
+        case "panoptic":
+            return _run(recipe, host, train, panoptic_task(recipe, train, validation, host.world))
+        case _:
+            assert_never(recipe.task)
+
+
+def checked_recipe(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, dict[str, str]]:
+    """The recipe with what data and weights tell of the detector, and the digests of the data.
+
+    Raises SourceError, WeightsError or ValueError, in one line, for what would not work.
+    """
+    train = open_train_set(recipe.data)
+    validation = open_validation_set(recipe.data)
+    digests = {"data.train": index_digest(train.index)}
+    batches_per_epoch(train.index, recipe.global_batch, recipe.data.order)
+    if validation is not None:
+        aligned(validation.classes, train.classes)
+        digests["data.validation"] = index_digest(validation.index)
+    elif recipe.loop.evaluate_every is not None or recipe.loop.evaluate_every_epochs is not None:
+        logger.warning("data.validation is not given: nothing is evaluated during the run")
+    model = resolve_model(recipe.model, recipe.init, train.classes)
+    return recipe.model_copy(update={"model": model}), digests
+
+
+def _run(recipe: FinetuneRecipe, host: Host, train: DetectionSet, task: Task[P]) -> Position:
+    world = host.world
+    stream = ExactStream(
+        StreamSource(
+            index=train.index,
+            seed=recipe.seed,
+            global_batch=recipe.global_batch,
+            content=task.content,
+            order=recipe.data.order,
+            files=train.files,
+            storage_options=train.storage_options,
+        ),
+        recipe.data.stream,
+        world.rank,
+        world.size,
+        pin=world.device.type == "cuda",
+    )
+
+    def batches_from(first: int) -> Generator[DetectionBatch, None, None]:
+        with closing(stream.from_step(first)) as batches:
+            for packed in batches:
+                yield task.to_device(packed, world.device)
+
+    keeper = _keeper(recipe, host, task.kind, train.classes)
+    stage = Stage(
+        recipe=recipe,
+        model=task.model,
+        backbone=task.backbone,
+        objective=task.objective,
+        batches_per_epoch=stream.batches_per_epoch,
+        batches_from=batches_from,
+        counters=lambda: _counters(stream),
+        evaluate=_heard(task, keeper),
+        judge=keeper.judge if keeper else None,
+        metadata=_metadata(recipe, task.kind, train.classes),
+    )
+    if world.is_first:
+        report = json.dumps(task.load_report.content(), indent=1)
+        host.folder.write(LOAD_REPORT, report.encode())
+    return train_stage(stage, host)
+
+
+def _heard(task: Task[P], keeper: Keeper | None) -> Callable[[nn.Module], Scoring] | None:
+    evaluate = task.evaluate
+    if evaluate is None:
+        return None
+
+    def heard(model: nn.Module) -> Scoring:
+        scoring = evaluate(model)
+        return lambda: keeper.hear(scoring()) if keeper else {}
+
+    return heard
+
+
+def _keeper(
+    recipe: FinetuneRecipe, host: Host, kind: ArtefactKind, classes: Classes
+) -> Keeper | None:
+    """Of the first worker, which alone scores."""
+    if not host.world.is_first:
+        return None
+
+    def header(evaluated: Evaluated) -> Mapping[str, str]:
+        return _metadata(recipe, kind, classes, evaluated)
+
+    return Keeper(host.folder, host.uploads, recipe.best_metric, recipe.early_stop, header)
+
+
+def _metadata(
+    recipe: FinetuneRecipe,
+    kind: ArtefactKind,
+    classes: Classes,
+    evaluated: Evaluated | None = None,
+) -> dict[str, str]:
+    sizes = recipe.evaluation.sizes
+    provenance = Provenance(
+        run=recipe.run, init=(recipe.init,) if recipe.init else (), data=recipe.data.train
+    )
+    if evaluated is not None:
+        judged = {
+            "step": evaluated.step,
+            "averaged": recipe.ema is not None,
+            "metrics": dict(evaluated.metrics),
+        }
+        provenance = provenance.model_copy(update=judged)
+    picture_input = PictureInput(short_side=sizes.short_side, max_size=sizes.max_size)
+    return artefact_metadata(kind, recipe.model, classes, picture_input, provenance)
+
+
+def _counters(stream: ExactStream[P]) -> dict[str, float]:
+    reading = asdict(stream.counters.reading)
+    return {
+        **{f"reading/{name}": float(value) for name, value in reading.items()},
+        **{f"data/{name}": float(value) for name, value in stream.counters.content.items()},
+    }
+
+
+def _stopped_early(recipe: FinetuneRecipe, host: Host) -> Position | None:
+    """Where a run stands that early stopping ended in an earlier start; None for all others."""
+    if recipe.early_stop is None:
+        return None
+    stop = stopped_at(history_of(host.folder, recipe.early_stop.metric), recipe.early_stop)
+    newest = newest_checkpoint(host.folder)
+    if stop is None or newest is None or newest.step < stop:
+        return None
+    logger.info(
+        "the run stopped early at step %d: %s no longer grows", stop, recipe.early_stop.metric
+    )
+    return Position(step=newest.step)
