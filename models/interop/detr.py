@@ -57,6 +57,18 @@ def detr_name(ours: str) -> str:
     return name
 
 
+def our_name(theirs: str) -> str:
+    """The name of a public tensor in a Detector, or beside one; an unknown name stays."""
+    found = [pair for pair in NAMES if theirs.startswith(pair[1])]
+    if not found:
+        return theirs
+    ((begin, public),) = found
+    name = begin + theirs.removeprefix(public)
+    for ours, part in INNER_NAMES:
+        name = name.replace(part, ours)
+    return name
+
+
 def load_detr(
     model: Detector | PatchDetector,
     tensors: Mapping[str, Tensor],
@@ -110,6 +122,8 @@ def detr_settings(
             "give one of DETR or UP-DETR"
         )
     num_queries, hidden_dim = tensors["query_embed.weight"].shape
+    if not _count(tensors, "transformer.decoder.layers.{}.norm1.weight"):
+        raise WeightsError(f"{source} has no decoder layer; it is cut, or not of DETR")
     return DetectorSettings(
         backbone=BackboneSettings(
             name=_resnet_name(tensors, source),

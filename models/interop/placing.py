@@ -28,6 +28,10 @@ class LoadReport:
     """Model tensors that keep their random values."""
     left_out: tuple[str, ...]
     """File tensors that the model has no use for."""
+    notes: tuple[str, ...] = ()
+    """What else a reader should know, a sentence each."""
+    chain: tuple[str, ...] = ()
+    """What was read, then what that once began from, and so on."""
 
     def summary(self) -> str:
         """The report in one line."""
