@@ -134,7 +134,9 @@ def load_detector(source: str, device: Device = "auto") -> LoadedDetector:
     _check_kind(artefact)
     target = device_of(device)
     is_mixed = target.type == "cuda" and frozen_dtype("auto", target) is torch.bfloat16
-    model = build_detector(_for_inference(artefact)).eval().requires_grad_(False).to(target)
+    model = (
+        build_detector(_for_inference(artefact, is_mixed)).eval().requires_grad_(False).to(target)
+    )
 
     def find(images: Images) -> LayerOutput:
         with torch.autocast(target.type, torch.bfloat16, enabled=is_mixed):
@@ -221,13 +223,14 @@ def _check_kind(artefact: Artefact) -> None:
             )
 
 
-def _for_inference(artefact: Artefact) -> Artefact:
-    """The same with a backbone that is folded once; its precision stays that of its training."""
+def _for_inference(artefact: Artefact, is_mixed: bool) -> Artefact:
+    """With a backbone that is folded once; one that was frozen keeps the precision it had."""
     backbone = artefact.detector.backbone
     if not backbone.train:
         return artefact
-    precision = "float32" if not torch.cuda.is_available() else "auto"
-    frozen = backbone.model_copy(update={"train": False, "frozen_precision": precision})
+    frozen = backbone.model_copy(
+        update={"train": False, "frozen_precision": "bfloat16" if is_mixed else "float32"}
+    )
     return replace(artefact, detector=artefact.detector.model_copy(update={"backbone": frozen}))
 
 

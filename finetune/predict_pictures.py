@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from data.pictures import BrokenPicture, decode_picture
@@ -79,7 +77,8 @@ class _Numbered:
 @dataclass(frozen=True)
 class _Loaded:
     entry: _Numbered
-    picture: UInt8[np.ndarray, "_ _ 3"]
+    content: bytes
+    """The file: decoded again to be drawn on, since waiting pictures of 20 megapixels fill RAM."""
     prepared: PreparedPicture
 
 
@@ -138,6 +137,8 @@ def write_predictions(
                 progress(len(found) + len(left_out), len(entries))
         for drawing in drawings:
             drawing.result()
+    if progress is not None:
+        progress(len(entries), len(entries))
     _write_json(out / PREDICTIONS, _results(entries, found))
     _write_json(out / IMAGES, _key(detector, entries, found, left_out))
     num_boxes = sum(len(answer.scores) for answer in found.values())
@@ -181,13 +182,13 @@ def _drawing_names(refs: Sequence[PictureRef]) -> list[str]:
 
 def _load(entry: _Numbered, size: PictureInput) -> _Loaded | LeftOutPicture:
     try:
-        picture = decode_picture(read_bytes(entry.ref.url))
+        content = read_bytes(entry.ref.url)
+        return _Loaded(entry, content, prepare(decode_picture(content), size))
     except FileNotFoundError:
         return LeftOutPicture(without_credentials(entry.ref.url), "no such file")
     except (BrokenPicture, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return LeftOutPicture(without_credentials(entry.ref.url), reason)
-    return _Loaded(entry, picture, prepare(picture, size))
 
 
 def _usable(
@@ -218,7 +219,8 @@ def _draw(one: _Loaded, answer: Predictions, out: Path) -> None:
     captions = [
         f"{name} {score:.2f}" for name, score in zip(answer.names, answer.scores, strict=True)
     ]
-    drawn = draw_boxes(one.picture, answer.boxes_xyxy, answer.labels, captions)
+    picture = decode_picture(one.content)
+    drawn = draw_boxes(picture, answer.boxes_xyxy, answer.labels, captions)
     save_picture(drawn, out / one.entry.drawn)
 
 
