@@ -1,6 +1,7 @@
 """The demo's pictures: reproducible, varied, textured everywhere, with boxes that fit."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import cv2
@@ -9,7 +10,7 @@ import pytest
 
 from data.pictures import decode_picture
 from data.randomness import sample_generator
-from data.synthetic import draw_scene, write_scenes
+from data.synthetic import draw_scene, write_labelled_scenes, write_scenes
 from data.textures import TEXTURES, Texture, painted
 
 
@@ -66,3 +67,18 @@ def test_scenes_are_written_as_files(tmp_path: Path) -> None:
     files = sorted((tmp_path / "new" / "folder").iterdir())
     assert [path.name for path in files] == [f"scene_00000{number}.jpg" for number in range(3)]
     assert files[2].read_bytes() == draw_scene(5, 2).jpeg
+
+
+def test_labelled_scenes_are_a_coco_set_whose_boxes_are_the_scenes(tmp_path: Path) -> None:
+    place = write_labelled_scenes(tmp_path, "val", seed=4, count=3)
+    assert place == tmp_path / "annotations" / "instances_val.json"
+    data = json.loads(place.read_text())
+    scene = draw_scene(4, 2)
+    third = [entry for entry in data["annotations"] if entry["image_id"] == 3]
+    assert [entry["bbox"] for entry in third] == [
+        [x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in scene.boxes_xyxy.tolist()
+    ]
+    names = {entry["id"]: entry["name"] for entry in data["categories"]}
+    assert tuple(names[entry["category_id"]] for entry in third) == scene.shapes
+    assert (tmp_path / "val" / "scene_000002.jpg").read_bytes() == scene.jpeg
+    assert len({entry["id"] for entry in data["annotations"]}) == len(data["annotations"])
