@@ -30,9 +30,10 @@ from torch.utils.data import DataLoader, RandomSampler
 from data.batches import to_device
 from data.index import read_index
 from data.loader import StreamSettings, StreamSource
+from data.patch_content import PatchContent
 from data.shards import write_shards
 from data.sources import list_source
-from data.stream import PatchStream
+from data.stream import ExactStream
 
 Way = Literal["reference", "ours", "ours, colours left to the device", "ours, normalised here too"]
 
@@ -166,10 +167,12 @@ def _ours(way: Way, conditions: Conditions) -> Iterator[object]:
         index=read_index(conditions.shards),
         seed=0,
         global_batch=conditions.batch,
-        num_patches=NUM_PATCHES,
-        colour_on="device" if way == "ours, colours left to the device" else "cpu",
+        content=PatchContent(
+            NUM_PATCHES,
+            colour_on="device" if way == "ours, colours left to the device" else "cpu",
+        ),
     )
-    stream = PatchStream(source, StreamSettings(processes=conditions.processes))
+    stream = ExactStream(source, StreamSettings(processes=conditions.processes))
     with closing(stream.from_step(0)) as batches:
         for packed in batches:
             if way == "ours, normalised here too":

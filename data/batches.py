@@ -1,34 +1,26 @@
-"""Packed batches: everything of a batch in one uint8 buffer, from a loader process to the device.
+"""Packed patch batches: pictures and query patches in one buffer (`data.packing`), and back."""
 
-Pictures travel as bytes, height x width x 3 (a quarter of their size as floats, and channels-last
-for the network without a copy); they are normalised on the device. One tensor per batch crosses
-the process border, because each costs a file descriptor and a page-table update.
-"""
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from math import prod
-
-import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from data.colour import DRAW_COLUMNS, pack_draws
 from data.device_colour import colour_on_device
+from data.normalise import normalised, normalised_images
+from data.packing import (
+    BLANK_ID,
+    BLANK_SIDE,
+    ArrayShape,
+    SkippedPicture,
+    arrays_in,
+    empty_buffer,
+    place_picture,
+)
 from data.patches import PatchSample
-from models.structures import Images, PatchBatch, Targets, padding_of
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-BLANK_ID = -1
-"""Sample id of the empty picture that stands in where every picture of a batch is broken."""
-_BLANK_SIDE = 64
-
-_ALIGNMENT = 64
-"""Every array of a buffer begins at a multiple of this many bytes, so that it can be viewed."""
+from models.structures import PatchBatch, Targets
 
 
 @dataclass(frozen=True)
@@ -40,19 +32,6 @@ class CutPicture:
     id: int
     key: str
     sample: PatchSample
-
-
-@dataclass(frozen=True)
-class SkippedPicture:
-    """A picture that could not be used."""
-
-    id: int
-    key: str
-    shard: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.key} in {self.shard}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -86,6 +65,13 @@ class PackedPatchBatch:
     """Pictures of this batch that could not be used; nothing takes their place."""
     blank: bool = False
     """True where all pictures were skipped: one empty picture stands in, without key or stream."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What else is counted: nothing, for patches."""
+
+    @property
+    def count(self) -> int:
+        """Pictures of the stream; the blank one is none."""
+        return len(self.keys)
 
 
 @dataclass(frozen=True)
@@ -114,8 +100,7 @@ def pack(
 ) -> PackedPatchBatch:
     """Pictures in the order of their streams, padded to one size; there may be none.
 
-    `shared` packs into shared memory at once, so that nothing is copied on the way to another
-    process (saves a fifth of what sending costs, measured).
+    `shared` packs into shared memory at once, see `data.packing.empty_buffer`.
     """
     samples = [picture.sample for picture in pictures]
     shape = BatchShape(
@@ -127,7 +112,7 @@ def pack(
         has_draws=any(sample.colours is not None for sample in samples),
     )
     packed = PackedPatchBatch(
-        buffer=_empty_shared(_num_bytes(shape)) if shared else _empty(_num_bytes(shape)),
+        buffer=empty_buffer(_arrays(shape), shared=shared),
         shape=shape,
         step=step,
         streams=tuple(picture.stream for picture in pictures),
@@ -142,7 +127,7 @@ def pack(
         arrays["sizes"][row] = sample.picture.shape[:2]
         arrays["boxes_cxcywh"][row] = sample.boxes_cxcywh
         arrays["patches"][row] = sample.patches
-        _place(arrays["pictures"][row], sample.picture)
+        place_picture(arrays["pictures"][row], sample.picture)
         if sample.colours is not None:
             arrays["draws"][row] = pack_draws(sample.colours)
     return packed
@@ -166,7 +151,7 @@ def join(parts: Sequence[PackedPatchBatch], pin: bool = False) -> PackedPatchBat
         return _blank(parts[0], skipped, pin)
     shape = _common_shape([part.shape for part in parts])
     joined = PackedPatchBatch(
-        buffer=_empty(_num_bytes(shape), pin),
+        buffer=empty_buffer(_arrays(shape), pin),
         shape=shape,
         step=parts[0].step,
         streams=tuple(stream for stream, _, _ in places),
@@ -192,9 +177,6 @@ def to_device(packed: PackedPatchBatch, device: torch.device) -> PatchBatch:
     """
     host = views_of(packed)
     on_device = _views(packed.buffer.to(device, non_blocking=True), packed.shape)
-    padding = padding_of(on_device.sizes, packed.shape.height, packed.shape.width)
-    pixels = _normalised(on_device.pictures.permute(0, 3, 1, 2).to(torch.float32))
-    pixels.masked_fill_(padding[:, None], 0.0)
     count, num_patches = on_device.patches.shape[:2]
     patches = on_device.patches.flatten(0, 1).permute(0, 3, 1, 2)
     if packed.shape.has_draws:
@@ -203,8 +185,8 @@ def to_device(packed: PackedPatchBatch, device: torch.device) -> PatchBatch:
         levels = patches.to(torch.float32)
     labels = torch.ones(num_patches, dtype=torch.int64, device=device)
     return PatchBatch(
-        images=Images(pixels, padding, on_device.sizes),
-        patches=_normalised(levels).view(count, num_patches, *levels.shape[1:]),
+        images=normalised_images(on_device.pictures, on_device.sizes),
+        patches=normalised(levels).view(count, num_patches, *levels.shape[1:]),
         targets=Targets(tuple(on_device.boxes_cxcywh.unbind()), (labels,) * count),
         keys=packed.keys,
         sample_ids=host.ids,
@@ -214,58 +196,19 @@ def to_device(packed: PackedPatchBatch, device: torch.device) -> PatchBatch:
 
 
 def _views(buffer: UInt8[Tensor, " bytes"], shape: BatchShape) -> BatchViews:
-    arrays = {}
-    first = 0
-    for name, dtype, sizes in _arrays(shape):
-        num_bytes = prod(sizes) * dtype.itemsize
-        arrays[name] = buffer[first : first + num_bytes].view(dtype).view(sizes)
-        first += _aligned(num_bytes)
-    return BatchViews(**arrays)
+    return BatchViews(**arrays_in(buffer, _arrays(shape)))
 
 
-def _arrays(shape: BatchShape) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Name, type and sizes of the arrays of a buffer, in their order there."""
+def _arrays(shape: BatchShape) -> list[ArrayShape]:
     count, num_patches, side = shape.count, shape.num_patches, shape.patch_size
     return [
-        ("ids", torch.int64, (count,)),
-        ("sizes", torch.int64, (count, 2)),
-        ("boxes_cxcywh", torch.float32, (count, num_patches, 4)),
-        ("draws", torch.float32, (count, num_patches, DRAW_COLUMNS * shape.has_draws)),
-        ("pictures", torch.uint8, (count, shape.height, shape.width, 3)),
-        ("patches", torch.uint8, (count, num_patches, side, side, 3)),
+        ArrayShape("ids", torch.int64, (count,)),
+        ArrayShape("sizes", torch.int64, (count, 2)),
+        ArrayShape("boxes_cxcywh", torch.float32, (count, num_patches, 4)),
+        ArrayShape("draws", torch.float32, (count, num_patches, DRAW_COLUMNS * shape.has_draws)),
+        ArrayShape("pictures", torch.uint8, (count, shape.height, shape.width, 3)),
+        ArrayShape("patches", torch.uint8, (count, num_patches, side, side, 3)),
     ]
-
-
-def _num_bytes(shape: BatchShape) -> int:
-    sizes = (_aligned(prod(sizes) * dtype.itemsize) for _, dtype, sizes in _arrays(shape))
-    # Never 0: an empty buffer cannot be viewed as another type.
-    return max(_ALIGNMENT, sum(sizes))
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _empty(num_bytes: int, pin: bool = False) -> UInt8[Tensor, " bytes"]:
-    if pin:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    # numpy asks for huge pages, torch does not: filling it takes a quarter of the time (measured).
-    return torch.from_numpy(np.empty(num_bytes, np.uint8))
-
-
-def _empty_shared(num_bytes: int) -> UInt8[Tensor, " bytes"]:
-    # As torch's own default_collate does in a loader process.
-    storage = torch.UntypedStorage._new_shared(num_bytes)  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
-
-
-def _place(
-    target: UInt8[np.ndarray, "_ _ 3"], picture: UInt8[np.ndarray, "height width 3"]
-) -> None:
-    height, width = picture.shape[:2]
-    target[:height, :width] = picture
-    target[height:] = 0
-    target[:height, width:] = 0
 
 
 def _copy_row(target: BatchViews, row: int, source: BatchViews, source_row: int) -> None:
@@ -273,7 +216,7 @@ def _copy_row(target: BatchViews, row: int, source: BatchViews, source_row: int)
         vars(target)[name][row] = vars(source)[name][source_row]
     height, width = source.sizes[source_row].tolist()
     picture = source.pictures[source_row, :height, :width]
-    _place(target.pictures[row].numpy(), picture.numpy())
+    place_picture(target.pictures[row].numpy(), picture.numpy())
 
 
 def _common_shape(shapes: Sequence[BatchShape]) -> BatchShape:
@@ -291,28 +234,11 @@ def _blank(
     part: PackedPatchBatch, skipped: tuple[SkippedPicture, ...], pin: bool
 ) -> PackedPatchBatch:
     num_patches, side = part.shape.num_patches, part.shape.patch_size
-    shape = BatchShape(1, _BLANK_SIDE, _BLANK_SIDE, num_patches, side, has_draws=False)
-    buffer = _empty(_num_bytes(shape), pin).zero_()
+    shape = BatchShape(1, BLANK_SIDE, BLANK_SIDE, num_patches, side, has_draws=False)
+    buffer = empty_buffer(_arrays(shape), pin).zero_()
     blank = PackedPatchBatch(buffer, shape, part.step, (), (), skipped, blank=True)
     views = views_of(blank)
     views.ids[0] = BLANK_ID
-    views.sizes[0] = _BLANK_SIDE
+    views.sizes[0] = BLANK_SIDE
     views.boxes_cxcywh[0] = torch.tensor([0.5, 0.5, 1.0, 1.0])
     return blank
-
-
-def _normalised(
-    levels: Float32[Tensor, "batch 3 height width"],
-) -> Float32[Tensor, "batch 3 height width"]:
-    """Levels 0..255 in place to ImageNet's mean 0 and deviation 1, by the reference's own steps."""
-    mean, std = _mean_and_std(levels.device)
-    return levels.div_(255).sub_(mean).div_(std)
-
-
-@lru_cache
-def _mean_and_std(
-    device: torch.device,
-) -> tuple[Float32[Tensor, "3 1 1"], Float32[Tensor, "3 1 1"]]:
-    """Made once per device: making them there anew would wait for the device each time."""
-    mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
-    return mean, torch.tensor(IMAGENET_STD, device=device)[:, None, None]

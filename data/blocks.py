@@ -21,8 +21,9 @@ from jaxtyping import Int64
 
 from data.index import ShardIndex
 from data.order import EpochPlan, OrderSettings, block_at, block_bounds, block_ids, plan_epoch
+from data.picture_files import SampleReader
 from data.ranges import SampleRange, sample_ranges
-from data.reading import RangeReader, ReadingSettings
+from data.reading import ReadingSettings
 from data.samples import Sample
 
 _LEAD = 0.25
@@ -36,7 +37,7 @@ def stream_samples(
     order: OrderSettings,
     streams: Sequence[int],
     first_step: int,
-    reader: RangeReader,
+    reader: SampleReader,
     reading: ReadingSettings,
 ) -> Generator[tuple[Sample, ...], None, None]:
     """For every step from `first_step` on, the samples of `streams` in that global batch.
@@ -80,7 +81,7 @@ class _Block:
         self._reads: list[Future[tuple[Sample, ...]]] = []
         self._samples: dict[int, Sample] = {}
 
-    def request(self, share: float, executor: ThreadPoolExecutor, reader: RangeReader) -> None:
+    def request(self, share: float, executor: ThreadPoolExecutor, reader: SampleReader) -> None:
         """Asks for the first `share` of the ranges, as far as that was not done."""
         for wanted in self._ranges[len(self._reads) : round(share * len(self._ranges))]:
             self._reads.append(executor.submit(reader.samples, wanted))

@@ -1,21 +1,25 @@
 """Samples and batches by their ids, in this process: for evaluation and for looking at pictures."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from data.batches import PackedPatchBatch, join
+from data.batches import PackedPatchBatch
 from data.index import ShardIndex
-from data.loader import StreamSource, cut_sample, pack_cut
+from data.loader import Place
+from data.patch_content import PatchContent
+from data.picture_files import PictureFiles, open_reader
 from data.ranges import sample_ranges
-from data.reading import RangeReader, ReadingSettings
+from data.reading import ReadingSettings
 from data.samples import Sample
+from data.storage import StorageOptions
 
 
 def read_samples(
     index: ShardIndex,
     ids: Sequence[int],
-    storage_options: Mapping[str, object] | None = None,
+    storage_options: StorageOptions | None = None,
     reading: ReadingSettings | None = None,
+    files: PictureFiles | None = None,
 ) -> Iterator[Sample]:
     """The samples with these ids, in this order; neighbours are read together, one read at a time.
 
@@ -23,7 +27,7 @@ def read_samples(
     ValueError for an unknown id.
     """
     reading = reading or ReadingSettings()
-    reader = RangeReader(index.url, storage_options or {}, reading)
+    reader = open_reader(index, files, storage_options or {}, reading)
     start = 0
     for place in range(1, len(ids) + 1):
         if place == len(ids) or ids[place] != ids[place - 1] + 1:
@@ -33,18 +37,24 @@ def read_samples(
 
 
 def held_out_batches(
-    source: StreamSource, ids: Sequence[int], batch_size: int, reading: ReadingSettings
+    index: ShardIndex,
+    content: PatchContent,
+    seed: int,
+    ids: Sequence[int],
+    batch_size: int,
+    reading: ReadingSettings,
 ) -> Iterator[PackedPatchBatch]:
     """Batches of the samples with these ids, for evaluation: always the same crops, no colour.
 
-    Pictures are resized to `patches.held_out_short_side`. Patches are those of epoch 0 of
-    `source.seed`. A broken picture is skipped and named in its batch.
+    Pictures are resized to `patches.held_out_short_side`. Patches are those of epoch 0 of `seed`. A
+    broken picture is skipped and named in its batch.
     """
     samples = list(ids)
-    reader = read_samples(source.index, samples, source.storage_options, reading)
-    plain = replace(source, colour_on="none")
-    short_side = source.patches.held_out_short_side
+    reader = read_samples(index, samples, None, reading)
+    plain = replace(content, colour_on="none")
+    short_side = content.patches.held_out_short_side
     for step, start in enumerate(range(0, len(samples), batch_size)):
+        place = Place(seed, step, epoch=0, batch=step)
         count = min(batch_size, len(samples) - start)
-        cut = [cut_sample(plain, 0, place, next(reader), short_side) for place in range(count)]
-        yield join([pack_cut(plain, cut, step)])
+        cut = [plain.cut(place, row, next(reader), short_side) for row in range(count)]
+        yield plain.join([plain.packed(cut, step)], pin=False)

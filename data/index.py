@@ -43,6 +43,8 @@ class Shard:
     """Height of each picture in pixels; 0 where the sample holds no readable picture."""
     size: int
     """Bytes of the file."""
+    first: int | None = None
+    """Of a part of a shard, the sample of the file that it begins with; None for a whole one."""
 
     @property
     def num_samples(self) -> int:
@@ -96,7 +98,11 @@ def write_index(index: ShardIndex, storage_options: StorageOptions | None = None
 
 def index_digest(index: ShardIndex) -> str:
     """The sha256 of all shards' names, hashes and counts: equal digests give equal epochs."""
-    lines = (f"{shard.name} {shard.sha256} {shard.num_samples}\n" for shard in index.shards)
+    lines = (
+        f"{shard.name} {shard.sha256} {shard.num_samples}"
+        + ("\n" if shard.first is None else f" from {shard.first}\n")
+        for shard in index.shards
+    )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -1,27 +1,109 @@
 """What a loader process does: the samples of its streams to packed parts of global batches.
 
-Every random number comes from a generator keyed by (seed, epoch, sample or batch), so a part does
-not depend on which process makes it, or when.
+What is made of the samples is the content's business (`data.patch_content`,
+`data.detection_content`). Every random number comes from a generator keyed by (seed, epoch, sample
+or batch), so a part does not depend on which process makes it, or when.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Generic, Literal, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 from pydantic import Field
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import get_worker_info
 
-from data.batches import CutPicture, PackedPatchBatch, SkippedPicture, pack
 from data.blocks import stream_samples
 from data.index import ShardIndex
 from data.order import OrderSettings, batches_per_epoch
-from data.patches import ColourOn, PatchSettings, cut_patches, draw_short_side
-from data.pictures import BrokenPicture, decode_picture
+from data.packing import SkippedPicture
+from data.picture_files import PictureFiles, open_reader, read_one
 from data.randomness import sample_generator
-from data.reading import RangeReader, ReadCounters, ReadingSettings, ShardReadError
-from data.samples import DamagedShardError, Sample, picture_bytes
-from data.storage import StorageUnreachable
+from data.reading import ReadCounters, ReadingSettings
+from data.samples import Sample
+from data.storage import StorageOptions
 from models.settings import Settings
+
+
+@runtime_checkable
+class PackedPart(Protocol):
+    """What the stream asks of a packed batch, or of one loader process's part of it."""
+
+    @property
+    def step(self) -> int:
+        """Number of the global batch since the beginning of the run."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Pictures of the stream; the one of a blank batch is none."""
+        ...
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Name of each picture."""
+        ...
+
+    @property
+    def skipped(self) -> tuple[SkippedPicture, ...]:
+        """Pictures that could not be used; nothing takes their place."""
+        ...
+
+    @property
+    def blank(self) -> bool:
+        """True where all pictures were skipped: one empty picture stands in."""
+        ...
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What else was counted while it was made, by name."""
+        ...
+
+
+P = TypeVar("P", bound=PackedPart)
+
+ReadSample = Callable[[int], Sample]
+"""Any other sample of the same set, by its id."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run a global batch is: with a sample's id, all that its random numbers hang on."""
+
+    seed: int
+    step: int
+    """Number of the batch since the beginning of the run."""
+    epoch: int
+    batch: int
+    """Number of the batch in its epoch."""
+    scale_per: Literal["batch", "picture"] = "batch"
+    """Whether one scale is drawn for the batch or one for each picture."""
+
+
+@runtime_checkable
+class BatchContent(Protocol[P]):
+    """What is made of samples; it travels to the loader processes, so it is small data."""
+
+    def part(
+        self,
+        place: Place,
+        streams: Sequence[int],
+        samples: Sequence[Sample],
+        read: ReadSample,
+        shared: bool,
+    ) -> P:
+        """One loader process's part of a global batch: a pure function of its arguments.
+
+        `streams` are the places of the samples in the global batch. `shared` asks for shared
+        memory.
+        """
+        ...
+
+    def join(self, parts: Sequence[P], pin: bool) -> P:
+        """The parts of one step in the order of their streams, in pinned memory if asked."""
+        ...
 
 
 class StreamSettings(Settings):
@@ -38,117 +120,61 @@ class StreamSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamSource:
+class StreamSource(Generic[P]):
     """All that decides which pixels are in global batch k."""
 
     index: ShardIndex
     seed: int
     global_batch: int
     """Pictures of all ranks together in one step."""
-    num_patches: int
-    """Query patches of each picture."""
+    content: BatchContent[P]
+    """What is made of the samples."""
     order: OrderSettings = field(default_factory=OrderSettings)
-    patches: PatchSettings = field(default_factory=PatchSettings)
-    colour_on: ColourOn = "cpu"
-    storage_options: Mapping[str, object] = field(default_factory=dict)
-    """Options of the fsspec filesystem of the shards."""
+    files: PictureFiles | None = None
+    """Where the pictures lie in files of their own; None for shards."""
+    storage_options: StorageOptions = field(default_factory=dict)
+    """Options of the fsspec filesystem of the pictures."""
 
 
 @dataclass(frozen=True)
-class LoaderPart:
+class LoaderPart(Generic[P]):
     """What one loader process made of one step."""
 
-    packed: PackedPatchBatch
+    packed: P
     reading: ReadCounters
 
 
-@dataclass(frozen=True)
-class LoaderFailure:
-    """Why a loader process cannot go on; sent as a value, so that one line arrives."""
+def loader_parts(
+    source: StreamSource[P],
+    settings: StreamSettings,
+    streams: range,
+    first_step: int,
+    process: int,
+    processes: int,
+) -> Iterator[LoaderPart[P]]:
+    """Parts of all steps from `first_step` on, of every `processes`-th of a rank's streams.
 
-    message: str
-    may_pass: bool
-    """True where a later start may succeed: the storage does not answer."""
-
-
-class LoaderParts(IterableDataset[LoaderPart | LoaderFailure]):
-    """Parts of the steps, each loader process with its share of the rank's streams."""
-
-    def __init__(
-        self, source: StreamSource, settings: StreamSettings, streams: range, first_step: int
-    ) -> None:
-        self._source = source
-        self._settings = settings
-        self._streams = streams
-        self._first_step = first_step
-
-    def __iter__(self) -> Iterator[LoaderPart | LoaderFailure]:
-        worker = get_worker_info()
-        streams = (
-            self._streams if worker is None else self._streams[worker.id :: worker.num_workers]
-        )
-        try:
-            yield from _parts(self._source, self._settings, streams, self._first_step)
-        except (ShardReadError, DamagedShardError) as error:
-            yield LoaderFailure(str(error), may_pass=False)
-        except StorageUnreachable as error:
-            yield LoaderFailure(str(error), may_pass=True)
-
-
-def cut_sample(
-    source: StreamSource, epoch: int, stream: int, sample: Sample, short_side: int
-) -> CutPicture | SkippedPicture:
-    """A picture with its query patches, or why there is none."""
-    data = picture_bytes(sample)
-    if data is None:
-        reason = f"no picture among its parts ({', '.join(sample.parts)})"
-        return SkippedPicture(sample.id, sample.key, sample.shard, reason)
-    generator = sample_generator(source.seed, epoch, sample.id, "patches")
-    try:
-        cut = cut_patches(
-            decode_picture(data), source.patches, source.num_patches, short_side, generator,
-            source.colour_on,
-        )  # fmt: skip
-    except BrokenPicture as error:
-        return SkippedPicture(sample.id, sample.key, sample.shard, str(error))
-    return CutPicture(stream, sample.id, sample.key, cut)
-
-
-def pack_cut(
-    source: StreamSource,
-    cut: Sequence[CutPicture | SkippedPicture],
-    step: int,
-    shared: bool = False,
-) -> PackedPatchBatch:
-    """The pictures as one part of a batch, with the names of those that there are not."""
-    pictures = [picture for picture in cut if isinstance(picture, CutPicture)]
-    skipped = [picture for picture in cut if isinstance(picture, SkippedPicture)]
-    num_patches, side = source.num_patches, source.patches.patch_size
-    return pack(pictures, skipped, step, num_patches, side, shared)
-
-
-def _parts(
-    source: StreamSource, settings: StreamSettings, streams: range, first_step: int
-) -> Iterator[LoaderPart]:
-    reader = RangeReader(source.index.url, source.storage_options, settings.reading)
+    Endless. Raises ShardReadError, DamagedShardError, AnnotationError or StorageUnreachable.
+    """
+    own = streams[process::processes]
+    reader = open_reader(source.index, source.files, source.storage_options, settings.reading)
     num_batches = batches_per_epoch(source.index, source.global_batch, source.order)
     shared = get_worker_info() is not None
+    read = partial(read_one, source.index, reader)
     steps = stream_samples(
-        source.index, source.seed, source.global_batch, source.order, streams, first_step,
-        reader, settings.reading,
+        source.index, source.seed, source.global_batch, source.order, own, first_step, reader,
+        settings.reading,
     )  # fmt: skip
     with closing(steps):
         for step, samples in enumerate(steps, start=first_step):
             epoch, batch = divmod(step, num_batches)
-            cut = [
-                cut_sample(source, epoch, stream, sample, _short_side(source, epoch, batch, sample))
-                for stream, sample in zip(streams, samples, strict=True)
-            ]
-            yield LoaderPart(pack_cut(source, cut, step, shared), reader.take_counters())
+            place = Place(source.seed, step, epoch, batch, source.order.scale_per)
+            packed = source.content.part(place, own, samples, read, shared)
+            yield LoaderPart(packed, reader.take_counters())
 
 
-def _short_side(source: StreamSource, epoch: int, batch: int, sample: Sample) -> int:
-    scale_per = source.order.scale_per
-    number = batch if scale_per == "batch" else sample.id
-    generator = sample_generator(source.seed, epoch, number, f"short side of a {scale_per}")
-    return draw_short_side(source.patches, generator)
+def scale_generator(place: Place, sample_id: int) -> np.random.Generator:
+    """What a picture's scale is drawn from: of its batch, or of its own by `scale_per`."""
+    number = place.batch if place.scale_per == "batch" else sample_id
+    purpose = f"short side of a {place.scale_per}"
+    return sample_generator(place.seed, place.epoch, number, purpose)

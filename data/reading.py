@@ -1,4 +1,4 @@
-"""Ranged reads of shards through fsspec: retried, counted, checked for length, optionally cached.
+"""Reads of shards and files through fsspec: retried, counted, checked, optionally cached.
 
 Neighbouring samples are one byte range and one request. What passes (a cut connection, a timeout, a
 5xx) is tried again with exponential backoff and jitter; what stays (no such file, no permission, a
@@ -35,9 +35,10 @@ _LOG = logging.getLogger(__name__)
 CHUNK_BYTES = 4 << 20
 """Piece of a shard that is cached as one file."""
 
-_PERMANENT_ERRNO = frozenset(
+PERMANENT_ERRNO = frozenset(
     {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
 )
+"""Errors of a filesystem that trying again cannot cure."""
 
 
 class ShardReadError(ValueError):
@@ -94,6 +95,97 @@ class ReadCounters:
         return ReadCounters(**sums)
 
 
+class StorageReader:
+    """Reads of one folder, tried again where the error may pass, and counted; threads share it."""
+
+    def __init__(
+        self,
+        url: str,
+        storage_options: StorageOptions,
+        settings: ReadingSettings,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Opens the folder `url`; StorageError where its protocol is unknown."""
+        self.folder = open_folder(url, storage_options)
+        self.transient = _transient_errors(url)
+        """Errors that may pass by themselves."""
+        self._settings = settings
+        self._cache = _cache_of(settings)
+        self._sleep = sleep
+        # Only spreads the attempts of many processes over time; no data depends on it.
+        self._jitter = random.Random(f"{os.getpid()} {url}")
+        self._counters = ReadCounters()
+        self._lock = Lock()
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether what was read is kept on a local disk."""
+        return self._cache is not None
+
+    def read(
+        self, name: str, once: Callable[[], bytes], refuse: Callable[[Exception], None]
+    ) -> bytes:
+        """What `once` reads of the file `name`, tried again where the error may pass.
+
+        `refuse` is given each such error first, and raises where trying again cannot help. Raises
+        StorageUnreachable after the last attempt.
+        """
+        settings, delay_s = self._settings, self._settings.first_delay_s
+        for attempt in range(1, settings.attempts + 1):
+            try:
+                data = once()
+            except self.transient as error:
+                refuse(error)
+                if attempt == settings.attempts:
+                    raise StorageUnreachable(
+                        f"{self.folder.url}/{name}: failed {attempt} times, last with "
+                        f"{one_line(error)}; check the storage and the network, then resume"
+                    ) from error
+                self._count(ReadCounters(retries=1))
+                self._sleep(delay_s * self._jitter.uniform(0.5, 1.0))
+                delay_s = min(2 * delay_s, settings.longest_delay_s)
+            else:
+                self._count(ReadCounters(bytes_read=len(data), reads=1))
+                return data
+        raise AssertionError("attempts is at least 1")
+
+    def cached(self, key: str) -> bytes | None:
+        """What the cache holds under `key`; None where it has nothing, or there is no cache."""
+        if self._cache is None:
+            return None
+        try:
+            piece = self._cache.get(_cache_key(key))
+        except OSError as error:
+            self._cache_fault(error)
+            return None
+        self._count(ReadCounters(cache_hits=int(piece is not None)))
+        return piece
+
+    def keep(self, key: str, piece: bytes) -> None:
+        """Puts something into the cache, if there is one."""
+        if self._cache is None:
+            return
+        try:
+            self._cache.put(_cache_key(key), piece)
+        except OSError as error:
+            self._cache_fault(error)
+
+    def take_counters(self) -> ReadCounters:
+        """What was counted since the last call."""
+        with self._lock:
+            counters, self._counters = self._counters, ReadCounters()
+        return counters
+
+    def _cache_fault(self, error: OSError) -> None:
+        if not self._counters.cache_faults:
+            _LOG.warning("the cache is of no use here, reading goes on without it: %s", error)
+        self._count(ReadCounters(cache_faults=1))
+
+    def _count(self, counters: ReadCounters) -> None:
+        with self._lock:
+            self._counters += counters
+
+
 class RangeReader:
     """Reads ranges of an index's shards; threads may share it. Make it where it is used."""
 
@@ -105,15 +197,8 @@ class RangeReader:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Opens the folder `url`; StorageError where its protocol is unknown."""
-        self._folder = open_folder(url, storage_options)
-        self._settings = settings
-        self._transient = _transient_errors(url)
-        self._cache = _cache_of(settings)
-        self._sleep = sleep
-        # Only spreads the attempts of many processes over time; no data depends on it.
-        self._jitter = random.Random(f"{os.getpid()} {url}")
-        self._counters = ReadCounters()
-        self._lock = Lock()
+        self._storage = StorageReader(url, storage_options, settings, sleep)
+        self._folder = self._storage.folder
 
     def samples(self, wanted: SampleRange) -> tuple[Sample, ...]:
         """The samples of a range, in order; DamagedShardError, or as `read`."""
@@ -126,73 +211,39 @@ class RangeReader:
 
         Raises ShardReadError, or StorageUnreachable where another start may be luckier.
         """
-        if self._cache is None:
+        if not self._storage.has_cache:
             return self._read_storage(shard, start, end)
         pieces = range(start // CHUNK_BYTES, -(-end // CHUNK_BYTES))
-        data = b"".join(self._pieces(self._cache, shard, pieces))
+        data = b"".join(self._pieces(shard, pieces))
         skip = pieces.start * CHUNK_BYTES
         return data[start - skip : end - skip]
 
     def take_counters(self) -> ReadCounters:
         """What was counted since the last call."""
-        with self._lock:
-            counters, self._counters = self._counters, ReadCounters()
-        return counters
+        return self._storage.take_counters()
 
-    def _pieces(self, cache: ByteCache, shard: Shard, pieces: range) -> Iterator[bytes]:
+    def _pieces(self, shard: Shard, pieces: range) -> Iterator[bytes]:
         """Pieces of a shard, from the cache where they are there; the rest in one read per gap."""
-        found = [self._cached(cache, _cache_key(self._folder.url, shard, n)) for n in pieces]
+        found = [self._storage.cached(self._piece_key(shard, number)) for number in pieces]
         for first, length in _gaps([piece is None for piece in found]):
             begin = pieces[first] * CHUNK_BYTES
             data = self._read_storage(shard, begin, min(begin + length * CHUNK_BYTES, shard.size))
             for number in range(length):
                 piece = data[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
                 found[first + number] = piece
-                self._store(
-                    cache, _cache_key(self._folder.url, shard, pieces[first + number]), piece
-                )
+                self._storage.keep(self._piece_key(shard, pieces[first + number]), piece)
         return (piece for piece in found if piece is not None)
 
-    def _cached(self, cache: ByteCache, key: str) -> bytes | None:
-        try:
-            piece = cache.get(key)
-        except OSError as error:
-            self._cache_fault(error)
-            return None
-        self._count(ReadCounters(cache_hits=int(piece is not None)))
-        return piece
-
-    def _store(self, cache: ByteCache, key: str, piece: bytes) -> None:
-        try:
-            cache.put(key, piece)
-        except OSError as error:
-            self._cache_fault(error)
-
-    def _cache_fault(self, error: OSError) -> None:
-        if not self._counters.cache_faults:
-            _LOG.warning("the cache is of no use here, reading goes on without it: %s", error)
-        self._count(ReadCounters(cache_faults=1))
+    def _piece_key(self, shard: Shard, piece: int) -> str:
+        place = f"{piece * CHUNK_BYTES} {CHUNK_BYTES}"
+        return f"{self._folder.url}/{shard.name} {shard.sha256} {place}"
 
     def _read_storage(self, shard: Shard, start: int, end: int) -> bytes:
-        """One ranged read, tried again where the error may pass."""
-        settings, delay_s = self._settings, self._settings.first_delay_s
-        for attempt in range(1, settings.attempts + 1):
-            try:
-                data = self._read_once(shard, start, end)
-            except self._transient as error:
-                self._refuse_permanent(error, shard)
-                if attempt == settings.attempts:
-                    raise StorageUnreachable(
-                        f"{self._folder.url}/{shard.name}: failed {attempt} times, last with "
-                        f"{_one_line(error)}; check the storage and the network, then resume"
-                    ) from error
-                self._count(ReadCounters(retries=1))
-                self._sleep(delay_s * self._jitter.uniform(0.5, 1.0))
-                delay_s = min(2 * delay_s, settings.longest_delay_s)
-            else:
-                self._count(ReadCounters(bytes_read=len(data), reads=1))
-                return data
-        raise AssertionError("attempts is at least 1")
+        return self._storage.read(
+            shard.name,
+            lambda: self._read_once(shard, start, end),
+            lambda error: self._refuse_permanent(error, shard),
+        )
 
     def _read_once(self, shard: Shard, start: int, end: int) -> bytes:
         # By keyword: the third argument of s3fs is a version, not the start.
@@ -210,18 +261,18 @@ class RangeReader:
                 raise self._error(shard, "no such shard", self._check()) from error
             case PermissionError():
                 raise self._error(
-                    shard, f"no permission ({_one_line(error)})", "check the credentials"
+                    shard, f"no permission ({one_line(error)})", "check the credentials"
                 ) from error
             case _ShortReadError():
                 self._refuse_other_size(shard)
-            case OSError() if error.errno in _PERMANENT_ERRNO:
+            case OSError() if error.errno in PERMANENT_ERRNO:
                 self._refuse_other_size(shard)
-                raise self._error(shard, _one_line(error), self._check()) from error
+                raise self._error(shard, one_line(error), self._check()) from error
 
     def _refuse_other_size(self, shard: Shard) -> None:
         try:
             size = self._folder.filesystem.size(self._folder.at(shard.name))
-        except self._transient:
+        except self._storage.transient:
             # The storage is in trouble, so its size tells nothing: try again.
             return
         if size != shard.size:
@@ -235,9 +286,10 @@ class RangeReader:
     def _error(self, shard: Shard, reason: str, way_out: str) -> ShardReadError:
         return ShardReadError(f"{self._folder.url}/{shard.name}: {reason}; {way_out}")
 
-    def _count(self, counters: ReadCounters) -> None:
-        with self._lock:
-            self._counters += counters
+
+def one_line(error: Exception) -> str:
+    """The kind of an error and its message, without line breaks."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _transient_errors(url: str) -> tuple[type[Exception], ...]:
@@ -268,8 +320,7 @@ def _cache_of(settings: ReadingSettings) -> ByteCache | None:
     return ByteCache(Path(settings.cache.folder), int(settings.cache.limit_gb * 10**9))
 
 
-def _cache_key(url: str, shard: Shard, piece: int) -> str:
-    text = f"{url}/{shard.name} {shard.sha256} {piece * CHUNK_BYTES} {CHUNK_BYTES}"
+def _cache_key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -281,7 +332,3 @@ def _gaps(missing: Sequence[bool]) -> Iterator[tuple[int, int]]:
             if place > first:
                 yield first, place - first
             first = place + 1
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -17,6 +17,9 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2")
 """Extensions, in lower case, that a sample's picture may have; of several the first here counts."""
 
+SEGMENTS_PART = "segments.png"
+"""The part with COCO's panoptic segments: no picture, though it ends like one."""
+
 
 class DamagedShardError(ValueError):
     """The bytes of a shard are not what the index says; the message names shard and way out."""
@@ -31,9 +34,11 @@ class Sample:
     key: str
     """Name in the shard, without extensions."""
     shard: str
-    """File name of the shard."""
+    """File name of the shard; of the picture where that is a file of its own."""
     parts: Mapping[str, bytes]
     """Content by extension in lower case: "jpg", "json" (or "v1.jpg": all after the first dot)."""
+    fault: str | None = None
+    """Why the picture cannot be had, where it is a file of its own that cannot be read."""
 
 
 def parse_samples(data: bytes, shard: str, first_id: int, count: int) -> tuple[Sample, ...]:
@@ -62,11 +67,20 @@ def parse_samples(data: bytes, shard: str, first_id: int, count: int) -> tuple[S
 
 def picture_bytes(sample: Sample) -> bytes | None:
     """The encoded picture of a sample, or None where no part has a picture's extension."""
-    pictures = {name.rpartition(".")[2]: part for name, part in sample.parts.items()}
+    pictures = {
+        name.rpartition(".")[2]: part
+        for name, part in sample.parts.items()
+        if name != SEGMENTS_PART
+    }
     for extension in PICTURE_EXTENSIONS:
         if extension in pictures:
             return pictures[extension]
     return None
+
+
+def why_no_picture(sample: Sample) -> str:
+    """The reason where `picture_bytes` is None."""
+    return sample.fault or f"no picture among its parts ({', '.join(sample.parts)})"
 
 
 def _files(data: bytes, shard: str) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,8 @@ from torch import nn
 
 from data.batches import to_device
 from data.held_out import held_out_batches
-from data.loader import StreamSource
+from data.index import ShardIndex
+from data.patch_content import PatchContent
 from models.matching import match
 from models.patch_queries import PatchOutput
 from models.structures import PatchBatch
@@ -32,18 +33,23 @@ class _Share:
 
 @torch.no_grad()
 def evaluate_held_out(
-    model: nn.Module, recipe: PretrainRecipe, source: StreamSource, world: World
+    model: nn.Module,
+    recipe: PretrainRecipe,
+    index: ShardIndex,
+    content: PatchContent,
+    world: World,
 ) -> dict[str, float]:
     """The numbers of `pretrain.held_out` and the loss terms; called on every worker.
 
     Every picture is used once, with the same patches in every evaluation, without colour changes.
     """
-    count = min(recipe.data.held_out_pictures, source.index.num_samples)
+    count = min(recipe.data.held_out_pictures, index.num_samples)
     ids = range(world.rank, count, world.size)
     batch_size = max(1, recipe.global_batch // world.size)
     results: list[PictureResult] = []
     sums: dict[str, float] = {}
-    for packed in held_out_batches(source, ids, batch_size, recipe.data.stream.reading):
+    reading = recipe.data.stream.reading
+    for packed in held_out_batches(index, content, recipe.seed, ids, batch_size, reading):
         if packed.blank:
             continue
         batch = to_device(packed, world.device)

@@ -11,14 +11,14 @@ from torch import Tensor
 from data.batches import PackedPatchBatch, to_device, views_of
 from data.held_out import held_out_batches
 from data.index import ShardIndex, read_index
-from data.loader import StreamSource
+from data.patch_content import PatchContent
 from data.reading import ReadingSettings
 from models.boxes import cxcywh_to_xyxy
 from models.patch_queries import PatchDetector, PatchOutput
 from pretrain.drawing import Tile, draw_grid
 from pretrain.held_out import own_answers
 from pretrain.recipe import PretrainRecipe
-from pretrain.run import stream_source
+from pretrain.run import patch_content
 from pretrain.weights import blank_model, take_weights
 from training.recipe import load_recipe
 from training.record import read_recipe_values
@@ -37,30 +37,24 @@ def draw_patches(url: str, out: Path, count: int) -> None:
     """
     values = read_recipe_values(open_run_folder(url))
     if values is None:
-        source = _plain_source(read_index(url))
-        tiles = list(_tiles(source, count, None))
+        plain = PatchContent(SHARDS_PATCHES)
+        tiles = list(_tiles(read_index(url), plain, SHARDS_SEED, count, None))
     else:
         recipe = load_recipe(PretrainRecipe, values)
-        source = _run_source(recipe)
+        index = read_index(recipe.data.held_out or recipe.data.shards)
+        content = patch_content(recipe, torch.device("cpu"))
         model = blank_model(recipe).eval()
         take_weights(model, url)
-        tiles = list(_tiles(source, count, model))
+        tiles = list(_tiles(index, content, recipe.seed, count, model))
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(tiles).save(out)
 
 
-def _plain_source(index: ShardIndex) -> StreamSource:
-    return StreamSource(index=index, seed=SHARDS_SEED, global_batch=1, num_patches=SHARDS_PATCHES)
-
-
-def _run_source(recipe: PretrainRecipe) -> StreamSource:
-    index = read_index(recipe.data.held_out or recipe.data.shards)
-    return stream_source(recipe, index, torch.device("cpu"))
-
-
-def _tiles(source: StreamSource, count: int, model: PatchDetector | None) -> Iterator[Tile]:
-    ids = range(min(count, source.index.num_samples))
-    for packed in held_out_batches(source, ids, batch_size=4, reading=ReadingSettings()):
+def _tiles(
+    index: ShardIndex, content: PatchContent, seed: int, count: int, model: PatchDetector | None
+) -> Iterator[Tile]:
+    ids = range(min(count, index.num_samples))
+    for packed in held_out_batches(index, content, seed, ids, 4, ReadingSettings()):
         if not packed.blank:
             yield from _batch_tiles(packed, model)
 

@@ -62,17 +62,19 @@ def stream_source(
     recipe: PretrainRecipe, index: ShardIndex, device: torch.device
 ) -> StreamSource[PackedPatchBatch]:
     """What decides the pixels of every batch."""
-    content = PatchContent(
-        num_patches=recipe.queries.num_patches,
-        patches=recipe.data.patches,
-        colour_on=colour_place(recipe, device),
-    )
     return StreamSource(
         index=index,
         seed=recipe.seed,
         global_batch=recipe.global_batch,
-        content=content,
+        content=patch_content(recipe, device),
         order=recipe.data.order,
+    )
+
+
+def patch_content(recipe: PretrainRecipe, device: torch.device) -> PatchContent:
+    """What is made of every picture."""
+    return PatchContent(
+        recipe.queries.num_patches, recipe.data.patches, colour_place(recipe, device)
     )
 
 
@@ -92,10 +94,11 @@ def on_device(batches: Iterator[PackedPatchBatch], device: torch.device) -> Iter
 def _evaluation(recipe: PretrainRecipe, world: World) -> Callable[[nn.Module], Scoring] | None:
     if recipe.data.held_out is None:
         return None
-    source = stream_source(recipe, read_index(recipe.data.held_out), world.device)
+    index = read_index(recipe.data.held_out)
+    content = patch_content(recipe, world.device)
 
     def evaluate(model: nn.Module) -> Scoring:
-        numbers = evaluate_held_out(model, recipe, source, world)
+        numbers = evaluate_held_out(model, recipe, index, content, world)
         return lambda: numbers
 
     return evaluate

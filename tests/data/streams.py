@@ -12,8 +12,9 @@ import torch
 from data.batches import PackedPatchBatch, views_of
 from data.index import ShardIndex
 from data.loader import StreamSettings, StreamSource
+from data.patch_content import PatchContent
 from data.patches import PatchSettings
-from data.stream import PatchStream
+from data.stream import ExactStream
 
 SMALL_PATCHES = PatchSettings(patch_size=8, short_sides=(32, 36, 44), max_size=64)
 
@@ -21,24 +22,31 @@ Pictures = dict[tuple[int, int], tuple[int, str, str]]
 """(id, key, hash of the pixels, patches, boxes and draws) of each picture by (step, stream)."""
 
 
-def source_of(index: ShardIndex, **changes: Any) -> StreamSource:
+SMALL_CONTENT = PatchContent(3, SMALL_PATCHES)
+
+
+def source_of(index: ShardIndex, **changes: Any) -> StreamSource[PackedPatchBatch]:
     """Batches of 8 small pictures with 3 patches each, unless changed."""
-    source = StreamSource(index=index, seed=5, global_batch=8, num_patches=3, patches=SMALL_PATCHES)
+    source = StreamSource(index=index, seed=5, global_batch=8, content=SMALL_CONTENT)
     return replace(source, **changes)
 
 
 def global_batches(
-    source: StreamSource, step: int, count: int, world: int = 1, processes: int = 0
+    source: StreamSource[PackedPatchBatch],
+    step: int,
+    count: int,
+    world: int = 1,
+    processes: int = 0,
 ) -> Pictures:
     """The pictures of `count` global batches, of all ranks together."""
     pictures: Pictures = {}
     for rank in range(world):
-        stream = PatchStream(source, StreamSettings(processes=processes), rank, world)
+        stream = ExactStream(source, StreamSettings(processes=processes), rank, world)
         pictures |= pictures_of(taken(stream, step, count))
     return pictures
 
 
-def taken(stream: PatchStream, step: int, count: int) -> list[PackedPatchBatch]:
+def taken(stream: ExactStream[PackedPatchBatch], step: int, count: int) -> list[PackedPatchBatch]:
     """`count` batches from `step` on; the loader processes are gone after it."""
     with closing(stream.from_step(step)) as batches:
         return list(islice(batches, count))

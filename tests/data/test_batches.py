@@ -6,18 +6,16 @@ import torch
 from torch import Tensor
 
 from data.batches import (
-    BLANK_ID,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     CutPicture,
     PackedPatchBatch,
-    SkippedPicture,
     join,
     pack,
     to_device,
     views_of,
 )
 from data.colour import ColourSettings, draw_colours
+from data.normalise import IMAGENET_MEAN, IMAGENET_STD
+from data.packing import BLANK_ID, SkippedPicture
 from data.patches import PatchSample
 
 CPU = torch.device("cpu")

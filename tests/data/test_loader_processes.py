@@ -15,8 +15,10 @@ import pytest
 
 from data.index import ShardIndex
 from data.loader import StreamSettings
-from data.stream import LoaderDied, PatchStream
-from tests.data.streams import source_of
+from data.loader_processes import LoaderDied
+from data.patch_content import PatchContent
+from data.stream import ExactStream
+from tests.data.streams import SMALL_PATCHES, source_of
 from tests.data.tars import write_shards
 
 
@@ -32,7 +34,7 @@ def _no_process_is_left() -> Iterator[None]:
 
 
 def test_a_loader_process_that_dies_is_one_clear_error(index: ShardIndex) -> None:
-    stream = PatchStream(source_of(index), StreamSettings(processes=2))
+    stream = ExactStream(source_of(index), StreamSettings(processes=2))
     with closing(stream.from_step(0)) as batches:
         next(batches)
         victim = multiprocessing.active_children()[0].pid
@@ -43,7 +45,7 @@ def test_a_loader_process_that_dies_is_one_clear_error(index: ShardIndex) -> Non
 
 
 def test_loader_processes_outlive_the_ctrl_c_that_asks_a_run_to_stop(index: ShardIndex) -> None:
-    stream = PatchStream(source_of(index), StreamSettings(processes=2))
+    stream = ExactStream(source_of(index), StreamSettings(processes=2))
     with closing(stream.from_step(0)) as batches:
         next(batches)
         for child in multiprocessing.active_children():
@@ -53,7 +55,7 @@ def test_loader_processes_outlive_the_ctrl_c_that_asks_a_run_to_stop(index: Shar
 
 
 def test_an_interrupted_loop_leaves_no_process(index: ShardIndex) -> None:
-    stream = PatchStream(source_of(index), StreamSettings(processes=2))
+    stream = ExactStream(source_of(index), StreamSettings(processes=2))
 
     def train() -> None:
         for batch in stream.from_step(0):
@@ -90,8 +92,8 @@ def test_loader_processes_end_when_the_training_process_is_killed(
 @pytest.mark.slow
 def test_the_memory_of_a_loader_process_is_flat_over_5000_samples(tmp_path: Path) -> None:
     index = write_shards(tmp_path, (250, 250))
-    source = source_of(index, num_patches=10, global_batch=20)
-    stream = PatchStream(source, StreamSettings(processes=1))
+    source = source_of(index, content=PatchContent(10, SMALL_PATCHES), global_batch=20)
+    stream = ExactStream(source, StreamSettings(processes=1))
     resident = []
     with closing(stream.from_step(0)) as batches:
         for step, _ in enumerate(islice(batches, 250)):
@@ -117,13 +119,13 @@ KILLED_SCRIPT = """
 import multiprocessing, time
 from pathlib import Path
 from data.loader import StreamSettings
-from data.stream import PatchStream
+from data.stream import ExactStream
 from tests.data.streams import source_of
 from tests.data.tars import write_shards
 
 if __name__ == "__main__":
     index = write_shards(Path({url!r}).parent / "killed", (30,))
-    batches = PatchStream(source_of(index), StreamSettings(processes=2)).from_step(0)
+    batches = ExactStream(source_of(index), StreamSettings(processes=2)).from_step(0)
     next(batches)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(60)

@@ -12,12 +12,16 @@ from data.batches import views_of
 from data.held_out import held_out_batches, read_samples
 from data.index import ShardIndex
 from data.loader import StreamSettings
+from data.loader_processes import StreamError
 from data.order import OrderSettings, batch_ids, plan_epoch
+from data.patch_content import PatchContent
+from data.patches import ColourOn
 from data.reading import ReadingSettings
 from data.storage import StorageUnreachable
-from data.stream import PatchStream, StreamError
+from data.stream import ExactStream
 from tests.data.faulty import FaultyFileSystem, cut_off, faulty, timed_out
 from tests.data.streams import (
+    SMALL_CONTENT,
     SMALL_PATCHES,
     Pictures,
     global_batches,
@@ -29,6 +33,8 @@ from tests.data.tars import jpeg, upload, write_shard, write_shards
 from tests.servers import S3Store
 
 __all__ = ["faulty"]
+
+COLOUR_PLACES: tuple[ColourOn, ...] = ("cpu", "none")
 
 STEPS = 12
 """Two epochs and two batches of the 41 samples below in batches of 8."""
@@ -95,7 +101,7 @@ def test_one_picture_looks_different_in_every_epoch(reference: Pictures) -> None
 def test_a_start_at_an_epochs_end_is_the_first_batch_of_the_next(
     index: ShardIndex, reference: Pictures
 ) -> None:
-    stream = PatchStream(source_of(index), StreamSettings(processes=0))
+    stream = ExactStream(source_of(index), StreamSettings(processes=0))
     assert stream.batches_per_epoch == 5
     (batch,) = taken(stream, 5, 1)
     assert batch.step == 5
@@ -122,9 +128,9 @@ def test_wrapped_samples_are_read_once_and_seen_twice(tmp_path: Path) -> None:
 
 def test_more_ranks_than_pictures_in_a_batch_are_refused(index: ShardIndex) -> None:
     with pytest.raises(ValueError, match="global_batch=2 leaves ranks idle among 3"):
-        PatchStream(source_of(index, global_batch=2), StreamSettings(), rank=0, world=3)
+        ExactStream(source_of(index, global_batch=2), StreamSettings(), rank=0, world=3)
     with pytest.raises(ValueError, match="step=-1 is before the beginning"):
-        next(PatchStream(source_of(index), StreamSettings()).from_step(-1))
+        next(ExactStream(source_of(index), StreamSettings()).from_step(-1))
 
 
 def test_seeking_reads_no_more_than_starting(tmp_path: Path) -> None:
@@ -133,18 +139,20 @@ def test_seeking_reads_no_more_than_starting(tmp_path: Path) -> None:
     source = source_of(write_shards(tmp_path, (200,)), global_batch=2, order=order)
     read = []
     for step in (0, 48, 98):
-        stream = PatchStream(source, StreamSettings(processes=0))
+        stream = ExactStream(source, StreamSettings(processes=0))
         taken(stream, step, 1)
         read.append(stream.counters.reading.bytes_read)
     whole = sum(shard.size for shard in source.index.shards)
     assert max(read) < whole / 25 * 2.2
 
 
-@pytest.mark.parametrize("changes", [{"colour_on": "device"}, {"colour_on": "none"}])
+@pytest.mark.parametrize("colour_on", ["device", "none"])
 def test_colour_elsewhere_leaves_order_and_boxes_alone(
-    index: ShardIndex, reference: Pictures, changes: dict[str, str]
+    index: ShardIndex, reference: Pictures, colour_on: ColourOn
 ) -> None:
-    pictures = global_batches(source_of(index, **changes), 0, STEPS, world=2)
+    pictures = global_batches(
+        source_of(index, content=replace(SMALL_CONTENT, colour_on=colour_on)), 0, STEPS, world=2
+    )
     assert {k: v[:2] for k, v in pictures.items()} == {k: v[:2] for k, v in reference.items()}
 
 
@@ -152,7 +160,7 @@ def test_a_batch_has_one_scale_by_default_and_pictures_their_own_on_request(
     index: ShardIndex,
 ) -> None:
     def scales(order: OrderSettings) -> list[set[int]]:
-        stream = PatchStream(source_of(index, order=order), StreamSettings(processes=0))
+        stream = ExactStream(source_of(index, order=order), StreamSettings(processes=0))
         batches = [views_of(batch).sizes for batch in taken(stream, 0, 10)]
         return [set(sizes.min(dim=1).values.tolist()) & {32, 36, 44} for sizes in batches]
 
@@ -168,7 +176,7 @@ def test_cut_connections_change_nothing_but_the_count_of_retries(
     source = source_of(replace(index, url=f"faulty:/{index.url}"))
     faulty.faults = [cut_off, timed_out, cut_off, cut_off, timed_out]
     reading = ReadingSettings(first_delay_s=0.001)
-    stream = PatchStream(source, StreamSettings(processes=0, reading=reading))
+    stream = ExactStream(source, StreamSettings(processes=0, reading=reading))
     assert pictures_of(taken(stream, 0, STEPS)) == reference
     assert stream.counters.reading.retries == 5
 
@@ -177,7 +185,7 @@ def test_a_shard_that_is_gone_stops_the_stream_with_one_line(tmp_path: Path) -> 
     index = write_shards(tmp_path, (9, 9))
     (tmp_path / "shard-001.tar").unlink()
     for processes in (0, 2):
-        stream = PatchStream(source_of(index), StreamSettings(processes=processes))
+        stream = ExactStream(source_of(index), StreamSettings(processes=processes))
         with pytest.raises(StreamError) as error:
             taken(stream, 0, 3)
         assert str(error.value) == (
@@ -194,7 +202,7 @@ def test_a_storage_that_stays_away_is_an_error_that_a_later_start_may_not_meet(
     with pytest.raises(
         StorageUnreachable, match=r"failed 2 times, last with TimeoutError"
     ) as error:
-        taken(PatchStream(source, StreamSettings(processes=0, reading=reading)), 0, 1)
+        taken(ExactStream(source, StreamSettings(processes=0, reading=reading)), 0, 1)
     assert not isinstance(error.value, ValueError)
 
 
@@ -202,7 +210,7 @@ def test_shards_in_memory_are_for_this_process_only(index: ShardIndex, reference
     source = source_of(upload(index, "memory://stream", {}))
     assert global_batches(source, 0, STEPS) == reference
     with pytest.raises(ValueError, match="loader processes cannot read it; use processes=0"):
-        PatchStream(source, StreamSettings(processes=1))
+        ExactStream(source, StreamSettings(processes=1))
 
 
 def test_the_stream_reads_s3_as_it_reads_files(
@@ -217,7 +225,7 @@ def test_a_broken_picture_is_skipped_and_named_and_nothing_moves_up(
     tmp_path: Path, reference: Pictures, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = source_of(write_shards(tmp_path, (17, 3, 21), broken=(4, 30)))
-    stream = PatchStream(source, StreamSettings(processes=2))
+    stream = ExactStream(source, StreamSettings(processes=2))
     batches = taken(stream, 0, STEPS)
     assert pictures_of(batches) == {k: v for k, v in reference.items() if v[0] not in (4, 30)}
     skipped = [picture for batch in batches for picture in batch.skipped]
@@ -235,7 +243,7 @@ def test_a_broken_picture_is_skipped_and_named_and_nothing_moves_up(
 def test_a_rank_whose_pictures_are_all_broken_gets_a_blank_batch(tmp_path: Path) -> None:
     source = source_of(write_shards(tmp_path, (8,), broken=(3,)))
     batches = [
-        taken(PatchStream(source, StreamSettings(processes=0), rank, 8), 0, 1)[0]
+        taken(ExactStream(source, StreamSettings(processes=0), rank, 8), 0, 1)[0]
         for rank in range(8)
     ]
     (blank,) = (batch for batch in batches if batch.blank)
@@ -253,7 +261,7 @@ def test_a_sample_that_is_too_small_or_has_no_picture_is_skipped_with_its_reason
     ]
     shard = write_shard(tmp_path / "a.tar", pictures)
     source = source_of(ShardIndex(str(tmp_path), (shard,)), global_batch=3)
-    (batch,) = taken(PatchStream(source, StreamSettings(processes=0)), 0, 1)
+    (batch,) = taken(ExactStream(source, StreamSettings(processes=0)), 0, 1)
     reasons = {picture.key: picture.reason for picture in batch.skipped}
     assert batch.keys == ("p0",)
     assert sorted(reasons) == ["p1", "p2"]
@@ -265,7 +273,7 @@ def test_too_many_broken_pictures_stop_the_stream_and_name_the_first(tmp_path: P
     source = source_of(write_shards(tmp_path, (8,), broken=range(4)))
     settings = StreamSettings(processes=0, max_broken_share=0.01)
     with pytest.raises(StreamError, match="12 of the last 24 pictures are broken") as error:
-        taken(PatchStream(source, settings), 0, 100)
+        taken(ExactStream(source, settings), 0, 100)
     assert "max_broken_share=0.01 of 1000" in str(error.value)
     assert "picture0000" in str(error.value)
     assert f"run `querypatch shards check {tmp_path}`" in str(error.value)
@@ -282,15 +290,16 @@ def test_held_out_batches_are_always_the_same_and_have_no_colour_changes(
     index: ShardIndex,
 ) -> None:
     patches = SMALL_PATCHES.model_copy(update={"held_out_short_side": 40, "max_size": 200})
-    source = source_of(index, patches=patches)
+    content = PatchContent(3, patches)
     runs = [
-        list(held_out_batches(source, [3, 4, 30, 7, 8], 2, ReadingSettings())) for _ in range(2)
+        list(held_out_batches(index, content, 5, [3, 4, 30, 7, 8], 2, ReadingSettings()))
+        for _ in range(2)
     ]
     assert pictures_of(runs[0]) == pictures_of(runs[1])
     assert [views_of(batch).ids.tolist() for batch in runs[0]] == [[3, 4], [30, 7], [8]]
     assert {min(size) for batch in runs[0] for size in views_of(batch).sizes.tolist()} == {40}
     first, again = (
-        next(held_out_batches(replace(source, colour_on=on), [3], 1, ReadingSettings()))
-        for on in ("cpu", "none")
+        next(held_out_batches(index, replace(content, colour_on=on), 5, [3], 1, ReadingSettings()))
+        for on in COLOUR_PLACES
     )
     assert pictures_of([first]) == pictures_of([again])
