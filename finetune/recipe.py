@@ -70,6 +70,8 @@ class FinetuneRecipe(RunRecipe):
     task: Literal["detect", "one_shot", "panoptic"] = "detect"
     """Boxes of all classes; boxes of the class of a query crop; a mask head on a finished detector.
     """
+    from_scratch: bool = False
+    """Start with random weights in all but the backbone: to be said where `init` is not."""
     global_batch: int = Field(default=16, ge=1)
     """Pictures in one batch of all workers together."""
     model: DetectorSettings
@@ -94,13 +96,23 @@ class FinetuneRecipe(RunRecipe):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         self.check_workers()
+        if (self.init is None) != self.from_scratch:
+            raise ValueError(
+                f"init={self.init} and from_scratch={self.from_scratch}: name the weights to start "
+                "from with init=, or say from_scratch=true"
+            )
+        if self.from_scratch and self.model.backbone.weights is None:
+            raise ValueError(
+                "model.backbone.weights is not said; give the path or URL of a checkpoint, or "
+                "random"
+            )
         waits = self.early_stop is not None or self.checkpoints.best_metric is not None
         if waits and self.loop.score_in_background:
             raise ValueError(
                 "early_stop and checkpoints.best_metric wait for every evaluation; use them with "
                 "loop.score_in_background=false"
             )
-        if self.task == "panoptic" and self.init is None:
+        if self.task == "panoptic" and self.from_scratch:
             raise ValueError(
                 "task=panoptic trains a mask head on a finished detector; name it with init=, a "
                 "run of task=detect on the same classes"
