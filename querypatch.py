@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,10 +19,11 @@ from rich.console import Console
 from data.source_items import SourceKind
 
 if TYPE_CHECKING:
-    from pretrain.recipe import PretrainRecipe
+    from cluster.stages import Recipe
+    from finetune.predict import LoadedDetector
 
 app = typer.Typer(
-    help="Pretrain a DETR transformer on unlabelled pictures in shards, resumed exactly.",
+    help="Pretrain a DETR transformer on unlabelled pictures, and finetune detectors from it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -30,7 +31,11 @@ app = typer.Typer(
 recipe_app = typer.Typer(help="All the settings of a run, as YAML.", no_args_is_help=True)
 shards_app = typer.Typer(help="Pictures in WebDataset tars with an index.", no_args_is_help=True)
 show_app = typer.Typer(help="Draw what goes in and what comes out.", no_args_is_help=True)
+data_app = typer.Typer(help="Labelled sets: COCO, VOC, YOLO, shards.", no_args_is_help=True)
+weights_app = typer.Typer(help="Files of weights, ours and others'.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(data_app, name="data")
+app.add_typer(weights_app, name="weights")
 app.add_typer(shards_app, name="shards")
 app.add_typer(show_app, name="show")
 
@@ -40,6 +45,19 @@ Overrides = Annotated[
 ]
 Local = Annotated[bool, typer.Option("--local", help="In this process, without Ray.")]
 Address = Annotated[str | None, typer.Option(help="A running Ray cluster; default: a local one.")]
+Weights = Annotated[
+    str, typer.Argument(help="A run, an export, a checkpoint file, ours or others'; path or URL.")
+]
+LabelledSet = Annotated[
+    str, typer.Argument(help="COCO json, VOC root, data.yaml or shards; URL#SPLIT names a split.")
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU where there is one.")
+]
+# Written out here, since importing their modules takes seconds; a test holds them to the originals.
+StageName = Literal["pretrain", "finetune"]
+SetKind = Literal["shards", "coco", "coco_panoptic", "voc", "yolo"]
+ExportFormat = Literal["querypatch", "detr", "hf", "onnx"]
 Url = Annotated[str, typer.Argument(help="Folder: a path or any fsspec URL.")]
 
 
@@ -52,12 +70,19 @@ def pretrain(
 ) -> None:
     """Pretrain a detection transformer: needs run=FOLDER and data.shards=FOLDER."""
     with _one_line_errors():
-        from cluster.preflight import check_new_run
-        from pretrain.recipe import recipe_of
+        _start("pretrain", recipe, overrides or [], local, address)
 
-        settings = recipe_of(recipe, overrides or [])
-        check_new_run(settings)
-        _run(settings, local, address)
+
+@app.command()
+def finetune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    local: Local = False,
+    address: Address = None,
+) -> None:
+    """Train a detector on boxes: needs run=FOLDER, data.train=SET and init=WEIGHTS."""
+    with _one_line_errors():
+        _start("finetune", recipe, overrides or [], local, address)
 
 
 @app.command()
@@ -88,31 +113,110 @@ def demo(
         run_demo(out, pictures, Console())
 
 
+@app.command()
+def evaluate(
+    weights: Weights,
+    data: LabelledSet,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Of evaluation, e.g. protocols=[voc07]."),
+    ] = None,
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON to write as well.")] = None,
+) -> None:
+    """Judge weights on a labelled set: COCO's twelve numbers or VOC's AP, by class."""
+    with _one_line_errors():
+        from cluster.weight_commands import evaluate_weights
+
+        evaluate_weights(weights, data, overrides or [], device, out, Console(), _console())
+
+
+@app.command()
+def predict(
+    weights: Weights,
+    pictures: Annotated[
+        list[str], typer.Argument(help="Files, globs, folders, URLs; - reads a list from stdin.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for drawings and json.")],
+    threshold: Annotated[float, typer.Option(help="Least score of a box, 0 to 1.")] = 0.5,
+    batch_size: Annotated[int, typer.Option(help="Pictures at once.")] = 8,
+    query: Annotated[
+        str | None, typer.Option(help="One-shot weights: a crop of what to look for.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Find objects in pictures: drawn pictures and COCO results; 1 if a picture was left out."""
+    with _one_line_errors():
+        from cluster.weight_commands import predict_files
+
+        if predict_files(weights, pictures, out, threshold, batch_size, query, device, _console()):
+            raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    source: Weights,
+    destination: Url,
+    format: Annotated[ExportFormat, typer.Option(help="Whose names and files.")] = "querypatch",
+    overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+) -> None:
+    """Write weights for use elsewhere: ours, the public DETR code's, transformers', or ONNX."""
+    with _one_line_errors():
+        from cluster.weight_commands import export_weights
+
+        export_weights(source, destination, format, overwrite, _console())
+
+
+@weights_app.command("show")
+def weights_show(source: Weights) -> None:
+    """What a file, export or run holds: architecture, classes, tensors by part, origin."""
+    with _one_line_errors():
+        from cluster.weight_commands import weights_text
+
+        typer.echo(weights_text(source))
+
+
+@data_app.command("check")
+def data_check(
+    data: LabelledSet,
+    kind: Annotated[SetKind | None, typer.Option(help="What DATA is; default: found out.")] = None,
+    pictures: Annotated[str | None, typer.Option(help="Folder of a COCO json's pictures.")] = None,
+) -> None:
+    """Name every fault of a labelled set with its file and object; 1 if any is an error."""
+    with _one_line_errors():
+        from cluster.data_commands import check_data
+
+        if not check_data(data, kind, pictures, _console()):
+            raise typer.Exit(1)
+
+
 @recipe_app.command("list")
 def recipe_list() -> None:
     """The recipes that come with querypatch, each with its first line."""
-    from pretrain.recipe import shipped_recipes
+    from cluster.stages import list_recipes
 
-    for name, text in shipped_recipes().items():
-        typer.echo(f"{name:20} {text.splitlines()[0].removeprefix('# ')}")
+    for name, line in list_recipes().items():
+        typer.echo(f"{name:34} {line}")
 
 
 @recipe_app.command("show")
 def recipe_show(recipe: RecipeName, overrides: Overrides = None) -> None:
     """A recipe with every value resolved; what only you can say is shown as null."""
     with _one_line_errors():
-        from pretrain.recipe import shown_recipe
+        from cluster.stages import show_recipe
 
-        typer.echo(shown_recipe(recipe, overrides or []), nl=False)
+        typer.echo(show_recipe(recipe, overrides or []), nl=False)
 
 
 @recipe_app.command("schema")
-def recipe_schema() -> None:
+def recipe_schema(
+    stage: Annotated[StageName, typer.Argument(help="Of which command.")] = "pretrain",
+) -> None:
     """The JSON schema of recipes, for editors that complete and check YAML."""
-    from pretrain.recipe import PretrainRecipe
+    from cluster.stages import recipe_kind
     from training import recipe
 
-    typer.echo(json.dumps(recipe.recipe_schema(PretrainRecipe), indent=1))
+    typer.echo(json.dumps(recipe.recipe_schema(recipe_kind(stage)), indent=1))
 
 
 @shards_app.command("write")
@@ -177,13 +281,52 @@ def show_patches(
         typer.echo(f"wrote {out}")
 
 
+@show_app.command("data")
+def show_data(
+    data: LabelledSet,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Of data.augment, e.g. kind=none."),
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")] = Path("data.png"),
+    count: Annotated[int, typer.Option(help="Pictures to draw.")] = 12,
+) -> None:
+    """Draw a labelled set's pictures and boxes as training sees them."""
+    with _one_line_errors():
+        from finetune.show_data import draw_data
+
+        draw_data(data, out, count, overrides=overrides or [])
+        typer.echo(f"wrote {out}")
+
+
+def load_detector(source: str, device: Literal["auto", "cpu", "cuda"] = "auto") -> "LoadedDetector":
+    """A detector that is ready to predict, from a file, an export, a run, or others' weights.
+
+    `detector.predict(images, threshold=0.5)` takes paths, URLs, bytes, PIL pictures or uint8 arrays
+    (height x width x 3) and gives labels, names, scores and `boxes_xyxy` in pixels of each picture.
+    Raises WeightsError where there are no such weights.
+    """
+    from finetune.predict import load_detector
+
+    return load_detector(source, device)
+
+
 def main() -> None:
     """The `querypatch` command."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     app()
 
 
-def _run(recipe: "PretrainRecipe", local: bool, address: str | None) -> None:
+def _start(
+    stage: StageName, recipe: str, overrides: list[str], local: bool, address: str | None
+) -> None:
+    from cluster.preflight import checked_new_run
+    from cluster.stages import recipe_of
+
+    _run(checked_new_run(recipe_of(stage, recipe, overrides)), local, address)
+
+
+def _run(recipe: "Recipe", local: bool, address: str | None) -> None:
     if local:
         from cluster.worker import run_alone
 
