@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.detector import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
+from models.mask_head import MaskHeadSettings
 from models.settings import Settings
 from models.structures import Classes
 
@@ -75,6 +76,8 @@ class Artefact:
     """Whose names the file used: ours, facebookresearch/detr's, or those of transformers."""
     guessed: tuple[str, ...] = ()
     """Keys, e.g. `num_heads`, that the file cannot tell and that have their usual value here."""
+    masks: MaskHeadSettings | None = None
+    """Of a panoptic detector's mask head, None for other kinds."""
 
 
 class _Header(Settings):
@@ -87,6 +90,7 @@ class _Header(Settings):
     class_ids: tuple[int, ...] | None
     input: PictureInput
     provenance: Provenance
+    masks: MaskHeadSettings | None = None
 
 
 def artefact_metadata(
@@ -95,10 +99,12 @@ def artefact_metadata(
     classes: Classes | None,
     picture_input: PictureInput,
     provenance: Provenance,
+    masks: MaskHeadSettings | None = None,
 ) -> dict[str, str]:
     """What goes into the header of a safetensors file; credentials in URLs are taken out."""
     backbone = detector.backbone
-    clean = backbone.model_copy(update={"weights": without_credentials(backbone.weights)})
+    weights = backbone.weights and without_credentials(backbone.weights)
+    clean = backbone.model_copy(update={"weights": weights})
     header = _Header(
         kind=kind,
         detector=detector.model_copy(update={"backbone": clean}),
@@ -106,6 +112,7 @@ def artefact_metadata(
         class_ids=None if classes is None else classes.ids,
         input=picture_input,
         provenance=_cleaned(provenance),
+        masks=masks,
     )
     return {METADATA_KEY: header.model_dump_json()}
 
@@ -144,6 +151,7 @@ def parse_artefact_metadata(
         tensors=tensors,
         provenance=provenance,
         source=without_credentials(source),
+        masks=header.masks,
     )
 
 

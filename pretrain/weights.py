@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from models.interop.backbones import load_backbone
-from models.interop.checkpoint_files import WeightsError, read_tensors
+from models.interop.checkpoint_files import read_tensors
 from models.interop.detr import detr_name, load_detr
 from models.patch_queries import PatchDetector
 from pretrain.recipe import PretrainRecipe
-from training.checkpoint import load_newest
-from training.run_folder import open_run_folder
+from training.run_weights import run_weights
 from training.snapshot import load_weights
 
 logger = logging.getLogger(__name__)
@@ -41,24 +40,14 @@ def take_weights(model: PatchDetector, source: str) -> None:
     What a public checkpoint does not have, the parts that only pretraining uses and a class head
     of other classes, keeps its random values and is logged as new.
     """
-    tensors = _run_tensors(source) or read_tensors(source)
+    found = run_weights(source, best=False)
+    tensors = read_tensors(source) if found is None else dict(found.tensors)
     if detr_name("detector.queries.weight") not in tensors:
         load_weights(model, tensors, source)
         logger.info("init=%s: %d tensors loaded", source, len(tensors))
         return
     report = load_detr(model, tensors, source=source, new=_absent_parts(model, tensors))
     logger.info("init=%s: %s", source, report.summary())
-
-
-def _run_tensors(source: str) -> dict[str, Tensor] | None:
-    """The newest whole checkpoint where `source` is the folder of a run."""
-    folder = open_run_folder(source)
-    if not folder.names("checkpoints"):
-        return None
-    snapshot = load_newest(folder)
-    if snapshot is None:
-        raise WeightsError(f"init={source}: the run has no whole checkpoint; give another one")
-    return dict(snapshot.model)
 
 
 def _absent_parts(model: PatchDetector, tensors: dict[str, Tensor]) -> tuple[str, ...]:

@@ -56,6 +56,8 @@ def run_weights(source: str, *, best: bool) -> RunWeights | None:
         StoreError: the store does not answer.
     """
     folder = open_run_folder(source)
+    if folder.filesystem.isfile(folder.root):
+        return None
     above, _, name = folder.url.rpartition(f"/{FOLDER}/")
     if above and name.removeprefix("step_").isdecimal():
         return _of_checkpoint(open_run_folder(above), int(name.removeprefix("step_")))

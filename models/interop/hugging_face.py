@@ -80,7 +80,7 @@ def to_hugging_face(tensors: Mapping[str, Tensor], hidden_dim: int) -> dict[str,
     for ours, tensor in tensors.items():
         at_rest = tensor.detach().float().cpu()
         if ".in_proj_" in ours:
-            for part, rows in zip(_PROJECTIONS, at_rest.split(hidden_dim), strict=True):
+            for part, rows in zip(_PROJECTIONS, torch.split(at_rest, hidden_dim), strict=True):
                 name = _their_name(ours.replace(".in_proj_", f".{part}_proj."))
                 exported[name] = rows.clone()
         else:

@@ -13,6 +13,22 @@ from torch import Tensor, nn
 
 from models.interop.checkpoint_files import WeightsError
 
+FATES = ("loaded", "reshaped", "new", "left out")
+
+PARTS = {
+    "backbone": ("backbone.",),
+    "projection": ("input_projection.", "learned_positions."),
+    "encoder": ("encoder.",),
+    "decoder": ("decoder.",),
+    "queries": ("queries.",),
+    "class head": ("class_head.", "class_embed."),
+    "box head": ("box_head.",),
+    "patch parts": ("patch_projection.", "reconstruction.", "patch2query.", "feature_align."),
+    "mask head": ("mask_head.", "attention."),
+    "others": ("",),
+}
+"""Parts of a model, and how the names of their tensors begin; the first that fits counts."""
+
 _SHOWN = 12
 
 
@@ -32,6 +48,29 @@ class LoadReport:
     """What else a reader should know, a sentence each."""
     chain: tuple[str, ...] = ()
     """What was read, then what that once began from, and so on."""
+
+    def content(self) -> dict[str, object]:
+        """The report by part of the model, for JSON: every name, the notes and the chain."""
+        parts = {part: _by_fate(self, part) for part in PARTS}
+        return {
+            "parts": {
+                part: {fate: list(names) for fate, names in fates.items()}
+                for part, fates in parts.items()
+                if any(fates.values())
+            },
+            "notes": list(self.notes),
+            "chain": list(self.chain),
+        }
+
+    def table(self) -> str:
+        """The report by part of the model, for people: counts, then the notes."""
+        rows: list[tuple[str, ...]] = [("", *FATES)]
+        for part in PARTS:
+            counts = [len(names) for names in _by_fate(self, part).values()]
+            if any(counts):
+                rows.append((part, *(str(count or "-") for count in counts)))
+        lines = ["  ".join([f"{row[0]:18}", *(f"{cell:>8}" for cell in row[1:])]) for row in rows]
+        return "\n".join([*(line.rstrip() for line in lines), *self.notes])
 
     def summary(self) -> str:
         """The report in one line."""
@@ -98,6 +137,20 @@ def listed(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (", ".join(names[:_SHOWN]) or "none") + more
+
+
+def part_of(name: str) -> str:
+    """The part of a model, one of PARTS, that a tensor is of, by its name in ours."""
+    bare = name.removeprefix("detector.")
+    return next(part for part, begins in PARTS.items() if bare.startswith(begins))
+
+
+def _by_fate(report: LoadReport, part: str) -> dict[str, tuple[str, ...]]:
+    fates = (report.loaded, report.reshaped, report.new, report.left_out)
+    return {
+        fate: tuple(name for name in names if part_of(name) == part)
+        for fate, names in zip(FATES, fates, strict=True)
+    }
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

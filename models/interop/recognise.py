@@ -1,0 +1,173 @@
+"""What a file of weights is, whoever wrote it: told by its header, or by the names of its tensors.
+
+Public files do not say their number of heads, dilation or classes. Heads are 8 in all that were
+published; a class head of 91 classes is taken to be COCO's, as DETR's and UP-DETR's are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+from torch import Tensor
+
+from models.artefact import (
+    Artefact,
+    ArtefactKind,
+    PictureInput,
+    Provenance,
+    parse_artefact_metadata,
+    without_credentials,
+)
+from models.detector import DetectorSettings
+from models.interop.class_names import coco_91
+from models.interop.detr import detr_name, detr_settings, our_name
+from models.interop.hugging_face import (
+    from_hugging_face,
+    hugging_face_classes,
+    hugging_face_settings,
+    is_hugging_face,
+)
+from models.interop.panoptic import NAMES as PANOPTIC_NAMES
+from models.interop.panoptic import is_panoptic, panoptic_settings
+from models.resnet import resnet_layout
+from models.structures import Classes
+
+Form = Literal["querypatch", "detr", "hf"]
+
+_UNSEEN = ("num_heads", "backbone.dilation", "backbone.stride_in_1x1")
+_COCO_LABELS = 91
+
+
+def recognise(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    source: str,
+    *,
+    config: Mapping[str, object] | None = None,
+    detector: DetectorSettings | None = None,
+) -> Artefact:
+    """The artefact that a file's tensors, as `read_checkpoint` gives them, are of.
+
+    `config` is the config.json beside a file of transformers, `detector` the architecture where
+    something else tells it, e.g. the recipe of the file's run.
+
+    Raises:
+        WeightsError: they are of no DETR.
+    """
+    form = _form(tensors)
+    ours = _our_tensors(tensors, form)
+    told = parse_artefact_metadata(metadata, ours, source)
+    if told is not None:
+        return replace(told, form=form)
+    if is_panoptic(tensors):
+        return _panoptic(tensors, ours, source)
+    if form == "hf":
+        return _hugging_face(ours, config, source)
+    return _nameless(ours, form, source, detector)
+
+
+def _form(tensors: Mapping[str, Tensor]) -> Form:
+    if is_hugging_face(tensors):
+        return "hf"
+    if "query_embed.weight" in tensors or is_panoptic(tensors):
+        return "detr"
+    return "querypatch"
+
+
+def _our_tensors(tensors: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]:
+    """Under our names; those of a detector inside another model begin with `detector.`."""
+    if form == "querypatch":
+        return dict(tensors)
+    if form == "hf":
+        return from_hugging_face(tensors)
+    if is_panoptic(tensors):
+        return {_our_panoptic_name(theirs): tensor for theirs, tensor in tensors.items()}
+    named = {our_name(theirs): tensor for theirs, tensor in tensors.items()}
+    if "patch_projection.weight" not in named:
+        return named
+    beside = ("patch_projection.", "reconstruction.")
+    return {
+        name if name.startswith(beside) else f"detector.{name}": tensor
+        for name, tensor in named.items()
+    }
+
+
+def _our_panoptic_name(theirs: str) -> str:
+    if theirs.startswith("detr."):
+        return f"detector.{our_name(theirs.removeprefix('detr.'))}"
+    for ours, begin in PANOPTIC_NAMES:
+        if theirs.startswith(begin):
+            return ours + theirs.removeprefix(begin)
+    return theirs
+
+
+def _hugging_face(
+    ours: Mapping[str, Tensor], config: Mapping[str, object] | None, source: str
+) -> Artefact:
+    settings = hugging_face_settings(ours, config or {}, source=source)
+    assert settings.num_classes is not None
+    return _foreign(
+        "detector",
+        ours,
+        settings,
+        hugging_face_classes(config or {}, settings.num_classes),
+        source,
+        form="hf",
+        guessed=() if config else _guessed(settings),
+    )
+
+
+def _panoptic(tensors: Mapping[str, Tensor], ours: Mapping[str, Tensor], source: str) -> Artefact:
+    settings, masks = panoptic_settings(tensors, source=source)
+    guessed = (*_guessed(settings)[1:], "masks.softmax_over")
+    found = _foreign("panoptic", ours, settings, None, source, form="detr", guessed=guessed)
+    return replace(found, masks=masks)
+
+
+def _nameless(
+    ours: Mapping[str, Tensor], form: Form, source: str, detector: DetectorSettings | None
+) -> Artefact:
+    """Files of DETR and UP-DETR, and ours without a header."""
+    public = {detr_name(name): tensor for name, tensor in ours.items()}
+    settings = detector or detr_settings(public, source=source)
+    kind: ArtefactKind = "patch_detector" if "patch_projection.weight" in ours else "detector"
+    is_coco = kind == "detector" and settings.num_classes == _COCO_LABELS
+    guessed = () if detector else _guessed(settings)
+    return _foreign(
+        kind,
+        ours,
+        settings,
+        coco_91() if is_coco else None,
+        source,
+        form=form,
+        guessed=(*guessed, "classes") if is_coco else guessed,
+    )
+
+
+def _foreign(
+    kind: ArtefactKind,
+    ours: Mapping[str, Tensor],
+    settings: DetectorSettings,
+    classes: Classes | None,
+    source: str,
+    *,
+    form: Form,
+    guessed: tuple[str, ...],
+) -> Artefact:
+    unnamed = settings.backbone.model_copy(update={"weights": None})
+    return Artefact(
+        kind=kind,
+        detector=settings.model_copy(update={"backbone": unnamed}),
+        classes=classes,
+        input=PictureInput(),
+        tensors=ours,
+        provenance=Provenance(),
+        source=without_credentials(source),
+        form=form,
+        guessed=guessed,
+    )
+
+
+def _guessed(settings: DetectorSettings) -> tuple[str, ...]:
+    bottleneck, _ = resnet_layout(settings.backbone.name)
+    return _UNSEEN if bottleneck else _UNSEEN[:1]
