@@ -5,7 +5,7 @@ and 1: COCO's own frame; VOC's (first pixel 1, both ends inside the box) is move
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 class AnnotationError(ValueError):
@@ -38,7 +38,7 @@ class BoxAnnotation:
 
 def annotation_json(annotation: BoxAnnotation) -> bytes:
     """Compact JSON, the same bytes for the same annotation; without a word of absent segments."""
-    fields = asdict(annotation)
+    fields = dict(vars(annotation))
     if annotation.segment_ids is None:
         del fields["segment_ids"]
     return json.dumps(fields, separators=(",", ":")).encode()
