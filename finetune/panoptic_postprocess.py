@@ -101,7 +101,7 @@ def _masks(
         return source.attention.new_zeros(0, 1, 1)
     parts = [
         model.masks(source, torch.full_like(part, picture), part)
-        for part in query.split(_MASKS_AT_ONCE)
+        for part in torch.split(query, _MASKS_AT_ONCE)
     ]
     return torch.cat(parts).float()
 
