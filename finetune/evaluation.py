@@ -10,11 +10,12 @@ The classes of the model and of the data meet by name, so that a detector of COC
 VOC. A picture that cannot be read is left out, its objects too, and is named in the result.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
-import numpy as np
 from data.evaluation_batches import EvaluationBatch, EvaluationSizes, evaluation_batches
 from pydantic import Field, model_validator
 from torch import nn
@@ -82,12 +83,15 @@ class Evaluation:
     """None where it was not asked for."""
     voc: tuple[VocScores, ...]
 
+    def numbers(self) -> dict[str, float]:
+        """By name, `ap`, `ap50` ... of COCO, `voc07_ap50` ... of VOC; NaN where none exists."""
+        numbers = self.coco.numbers() if self.coco else {}
+        return numbers | {name: x for scores in self.voc for name, x in scores.numbers().items()}
+
     def metrics(self) -> dict[str, float]:
-        """The numbers that exist, by name: `ap`, `ap50` ... of COCO, `voc07_ap50` ... of VOC."""
-        numbers = dict(self.coco.numbers()) if self.coco else {}
-        for scores in self.voc:
-            numbers.update(scores.numbers())
-        return {name: value for name, value in numbers.items() if not np.isnan(value)}
+        """The numbers that exist, by name, 0..1, and how many pictures could not be read."""
+        known = {name: x for name, x in self.numbers().items() if not math.isnan(x)}
+        return {**known, "skipped": float(len(self.skipped))}
 
 
 def evaluate_detector(
@@ -119,10 +123,11 @@ def evaluate_detector(
         world.device,
         reading or ReadingSettings(),
     )
-    told = _counted(batches, len(ids), progress) if progress else batches
-    share = predict_share(
-        model, told, model_classes, data.classes, settings.max_detections, precision
-    )
+    with closing(batches) as open_batches:
+        told = _counted(open_batches, len(ids), progress) if progress else open_batches
+        share = predict_share(
+            model, told, model_classes, data.classes, settings.max_detections, precision
+        )
     shares = gather_objects(share)
     return lambda: score_shares(shares, data, class_map, settings)
 

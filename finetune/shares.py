@@ -95,7 +95,7 @@ def predict_share(
         skipped += map(str, batch.skipped)
         if not batch.keys:
             continue
-        found = picture_detections(_last_layer(model, batch.images, precision), _stored(batch))
+        found = picture_detections(_last_layer(model, batch.images, precision), batch.stored_sizes)
         truths = [truth_of(annotation, classes) for annotation in batch.annotations]
         for sample_id, truth, each in zip(batch.sample_ids.tolist(), truths, found, strict=True):
             known = class_map.labels[each.labels] >= 0
@@ -124,11 +124,6 @@ def _last_layer(
     with torch.autocast(images.pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
         output: DetectorOutput = model(images)
     return output.groups[0].layers[-1]
-
-
-def _stored(batch: EvaluationBatch) -> Int64[Tensor, "batch 2"]:
-    """(height, width) of the stored pictures, as annotated."""
-    return torch.tensor([[each.height, each.width] for each in batch.annotations])
 
 
 def _surest(found: PictureDetections, count: int) -> PictureDetections:

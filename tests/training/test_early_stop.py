@@ -30,11 +30,13 @@ def test_no_patience_is_spent_on_the_evaluation_before_training() -> None:
     assert stopped_at([*history, (30, 0.1)], PATIENT) == 30
 
 
-def test_progress_below_min_delta_is_none() -> None:
+def test_progress_is_counted_from_the_best_evaluation_and_has_to_exceed_min_delta() -> None:
+    """Small steps add up: 0.34 is no progress on 0.30, 0.38 is."""
     history = [(10, 0.30), (20, 0.34), (30, 0.38), (40, 0.39)]
-    assert stopped_at(history, EarlyStopSettings(patience=2)) is None
-    assert stopped_at(history, EarlyStopSettings(patience=2, min_delta=0.05)) == 40
+    assert stopped_at(history, EarlyStopSettings(patience=1)) is None
     assert stopped_at(history, EarlyStopSettings(patience=1, min_delta=0.05)) == 20
+    assert stopped_at(history, EarlyStopSettings(patience=2, min_delta=0.05)) is None
+    assert stopped_at(history, EarlyStopSettings(patience=2, min_delta=0.1)) == 30
 
 
 def test_a_metric_that_is_not_a_number_is_no_progress_and_never_the_best() -> None:
