@@ -19,6 +19,7 @@ from data.order import batches_per_epoch
 from finetune.recipe import FinetuneRecipe
 from models.interop.backbones import RANDOM_WEIGHTS
 from pretrain.recipe import PretrainRecipe
+from training.checkpoint import newest_checkpoint
 from training.record import check_same_recipe, read_recipe_values
 from training.run_folder import RunFolder, open_run_folder
 
@@ -60,7 +61,8 @@ def resumed_recipe(url: str, overrides: Sequence[str]) -> Recipe:
         )
     recipe = parsed_recipe(values, [*overrides, f"run={url}"])
     check_same_recipe(folder, recipe, may_differ=free_keys(recipe))
-    _check_same_data(folder, checked_inputs(recipe).digests)
+    is_fresh = newest_checkpoint(folder) is None
+    _check_same_data(folder, checked_inputs(recipe, is_fresh).digests)
     return recipe
 
 
@@ -74,20 +76,20 @@ class CheckedInputs:
     """Of the data, by key."""
 
 
-def checked_inputs(recipe: Recipe) -> CheckedInputs:
-    """Reads what the run will read.
+def checked_inputs(recipe: Recipe, is_fresh: bool = True) -> CheckedInputs:
+    """Reads what the run will read; the weights only where it `is_fresh`, without a checkpoint.
 
     Raises the errors of the readers, or RefusedJob: too few pictures, or no such weights.
     """
-    if recipe.model.backbone.weights is not None:
+    if is_fresh and recipe.model.backbone.weights is not None:
         _check_exists("model.backbone.weights", recipe.model.backbone.weights)
-    if recipe.init is not None:
+    if is_fresh and recipe.init is not None:
         _check_exists("init", recipe.init)
     match recipe:
         case PretrainRecipe():
             return CheckedInputs(recipe, _shard_digests(recipe))
         case FinetuneRecipe():
-            complete, digests = checked_recipe(recipe)
+            complete, digests = checked_recipe(recipe, is_fresh)
             return CheckedInputs(complete, digests)
         case _:
             assert_never(recipe)

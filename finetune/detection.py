@@ -4,38 +4,54 @@ from collections.abc import Callable
 
 from data.detection_batches import PackedDetectionBatch
 from data.detection_content import DetectionContent, detection_to_device
+import torch
 from torch import nn
 
 from data.detection_set import DetectionSet
 from finetune.evaluation import evaluate_detector
-from finetune.evaluation_report import evaluation_content
+from finetune.evaluation_report import evaluation_json
 from finetune.objective import DetectionObjective
 from finetune.recipe import FinetuneRecipe
-from finetune.task import Judgement, Scoring, Task
+from finetune.task import Judgement, Scoring, Task, TaskSets
 from finetune.transfer import initial_detector
+from models.detector import Detector
+from models.interop.placing import LoadReport
 from models.structures import Classes
 from training.world import World
 
 
 def detection_task(
-    recipe: FinetuneRecipe, train: DetectionSet, validation: DetectionSet | None, world: World
+    recipe: FinetuneRecipe, sets: TaskSets, world: World, is_fresh: bool
 ) -> Task[PackedDetectionBatch]:
-    """A detector for the classes of `train`. Raises WeightsError where weights do not fit."""
-    detector, report = initial_detector(recipe.model, recipe.init, train.classes, recipe.seed)
+    """A detector for the classes of the training set.
+
+    Its first weights are those of the recipe where the run `is_fresh`; else a checkpoint fills it.
+    Raises WeightsError where weights do not fit.
+    """
+    classes = sets.train.classes
+    detector, report = _detector(recipe, classes, is_fresh)
     return Task(
         model=detector,
         backbone=detector.backbone,
         load_report=report,
         kind="detector",
         content=DetectionContent(
-            classes=train.classes,
+            classes=classes,
             difficult=recipe.data.difficult,
             augment=recipe.data.augment,
         ),
         to_device=detection_to_device,
         objective=DetectionObjective(recipe.costs, recipe.losses, world),
-        evaluate=_evaluation(recipe, train.classes, validation, world),
+        evaluate=_evaluation(recipe, classes, sets.validation, world),
     )
+
+
+def _detector(
+    recipe: FinetuneRecipe, classes: Classes, is_fresh: bool
+) -> tuple[Detector, LoadReport | None]:
+    if is_fresh:
+        return initial_detector(recipe.model, recipe.init, classes, recipe.seed)
+    return Detector(recipe.model, torch.Generator().manual_seed(recipe.seed)), None
 
 
 def _evaluation(
@@ -57,7 +73,7 @@ def _evaluation(
 
         def score() -> Judgement:
             evaluation = scoring()
-            return Judgement(evaluation.metrics(), evaluation_content(evaluation))
+            return Judgement(evaluation.metrics(), evaluation_json(evaluation))
 
         return score
 

@@ -9,7 +9,7 @@ from typing import assert_never
 
 from torch import nn
 
-from data.detection_set import DetectionSet, aligned
+from data.detection_set import aligned
 from data.index import index_digest
 from data.loader import P, StreamSource
 from data.order import batches_per_epoch
@@ -20,7 +20,7 @@ from finetune.one_shot_task import one_shot_task
 from finetune.panoptic_task import panoptic_task
 from finetune.recipe import FinetuneRecipe
 from finetune.sets import open_train_set, open_validation_set
-from finetune.task import Task
+from finetune.task import Task, TaskSets
 from finetune.transfer import resolve_model
 from models.artefact import ArtefactKind, PictureInput, Provenance, artefact_metadata
 from models.structures import Classes, DetectionBatch
@@ -43,21 +43,25 @@ def finetune(recipe: FinetuneRecipe, host: Host) -> Position:
     over = _stopped_early(recipe, host)
     if over is not None:
         return over
-    train = open_train_set(recipe.data)
-    validation = open_validation_set(recipe.data)
+    sets = TaskSets(open_train_set(recipe.data), open_validation_set(recipe.data))
+    is_fresh = newest_checkpoint(host.folder) is None
     match recipe.task:
         case "detect":
-            return _run(recipe, host, train, detection_task(recipe, train, validation, host.world))
+            return _run(recipe, host, sets, detection_task(recipe, sets, host.world, is_fresh))
         case "one_shot":
-            return _run(recipe, host, train, one_shot_task(recipe, train, validation, host.world))
+            return _run(recipe, host, sets, one_shot_task(recipe, sets, host.world, is_fresh))
         case "panoptic":
-            return _run(recipe, host, train, panoptic_task(recipe, train, validation, host.world))
+            return _run(recipe, host, sets, panoptic_task(recipe, sets, host.world, is_fresh))
         case _:
             assert_never(recipe.task)
 
 
-def checked_recipe(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, dict[str, str]]:
+def checked_recipe(
+    recipe: FinetuneRecipe, is_fresh: bool = True
+) -> tuple[FinetuneRecipe, dict[str, str]]:
     """The recipe with what data and weights tell of the detector, and the digests of the data.
+
+    Where a run is not fresh its recipe is complete, and the weights it began with may be gone.
 
     Raises SourceError, WeightsError or ValueError, in one line, for what would not work.
     """
@@ -70,12 +74,14 @@ def checked_recipe(recipe: FinetuneRecipe) -> tuple[FinetuneRecipe, dict[str, st
         digests["data.validation"] = index_digest(validation.index)
     elif recipe.loop.evaluate_every is not None or recipe.loop.evaluate_every_epochs is not None:
         logger.warning("data.validation is not given: nothing is evaluated during the run")
+    if not is_fresh:
+        return recipe, digests
     model = resolve_model(recipe.model, recipe.init, train.classes)
     return recipe.model_copy(update={"model": model}), digests
 
 
-def _run(recipe: FinetuneRecipe, host: Host, train: DetectionSet, task: Task[P]) -> Position:
-    world = host.world
+def _run(recipe: FinetuneRecipe, host: Host, sets: TaskSets, task: Task[P]) -> Position:
+    world, train = host.world, sets.train
     stream = ExactStream(
         StreamSource(
             index=train.index,
@@ -110,7 +116,7 @@ def _run(recipe: FinetuneRecipe, host: Host, train: DetectionSet, task: Task[P])
         judge=keeper.judge if keeper else None,
         metadata=_metadata(recipe, task.kind, train.classes),
     )
-    if world.is_first:
+    if world.is_first and task.load_report is not None:
         report = json.dumps(task.load_report.content(), indent=1)
         host.folder.write(LOAD_REPORT, report.encode())
     return train_stage(stage, host)

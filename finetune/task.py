@@ -7,6 +7,7 @@ from typing import Generic
 import torch
 from torch import nn
 
+from data.detection_set import DetectionSet
 from data.loader import BatchContent, P
 from models.artefact import ArtefactKind
 from models.interop.placing import LoadReport
@@ -28,6 +29,14 @@ Scoring = Callable[[], Judgement]
 
 
 @dataclass(frozen=True)
+class TaskSets:
+    """The labelled pictures of a run."""
+
+    train: DetectionSet
+    validation: DetectionSet | None
+
+
+@dataclass(frozen=True)
 class Task(Generic[P]):
     """A model with its first weights, what it learns from, and how it is judged."""
 
@@ -35,8 +44,8 @@ class Task(Generic[P]):
     """On the CPU; equal on every worker."""
     backbone: nn.Module | None
     """The part of `model` with a learning rate of its own; None where it has none."""
-    load_report: LoadReport
-    """Where the first weights come from."""
+    load_report: LoadReport | None
+    """Where the first weights come from; None for a run that has a checkpoint already."""
     kind: ArtefactKind
     """What the weights are, for their header."""
     content: BatchContent[P]

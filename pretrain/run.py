@@ -18,7 +18,8 @@ from models.structures import PatchBatch
 from pretrain.evaluation import evaluate_held_out
 from pretrain.objective import PatchObjective
 from pretrain.recipe import PretrainRecipe
-from pretrain.weights import initial_model
+from pretrain.weights import blank_model, initial_model
+from training.checkpoint import newest_checkpoint
 from training.job import Scoring
 from training.snapshot import Position
 from training.stage import Host, Stage, train_stage
@@ -31,7 +32,9 @@ def pretrain(recipe: PretrainRecipe, host: Host) -> Position:
     Called on every worker. Raises what `read_index`, `initial_model` and `train_stage` raise.
     """
     world = host.world
-    model = initial_model(recipe)
+    # Where there is a checkpoint, the weights the run began with may be gone, and nobody needs them.
+    is_fresh = newest_checkpoint(host.folder) is None
+    model = initial_model(recipe) if is_fresh else blank_model(recipe)
     stream = ExactStream(
         stream_source(recipe, read_index(recipe.data.shards), world.device),
         recipe.data.stream,
