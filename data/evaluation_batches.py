@@ -88,7 +88,7 @@ def evaluation_batches(
     processes: int,
     device: torch.device,
     reading: ReadingSettings,
-) -> Iterator[EvaluationBatch]:
+) -> Generator[EvaluationBatch, None, None]:
     """The pictures with these ids, each once, grouped by like aspect; every batch but one is full.
 
     `processes=0` works in this process. Close the iterator to end the loader processes early.

@@ -16,11 +16,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
-from data.evaluation_batches import EvaluationBatch, EvaluationSizes, evaluation_batches
 from pydantic import Field, model_validator
 from torch import nn
 
 from data.detection_set import DetectionSet
+from data.evaluation_batches import EvaluationBatch, EvaluationSizes, evaluation_batches
 from data.reading import ReadingSettings
 from finetune.coco_ap import CocoScores, score_coco
 from finetune.scores import Difficult, PictureDetections, PictureTruth

@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from data.evaluation_batches import EvaluationBatch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from data.evaluation_batches import EvaluationBatch
 from finetune.scores import PictureDetections, PictureTruth, truth_of
 from models.postprocess import detections
 from models.structures import Classes, DetectorOutput, Images, LayerOutput
