@@ -1,21 +1,10 @@
 """What `querypatch shards` does, with a bar for the person who waits."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
+from cluster.bars import open_bar, say
 from data.index import write_index
 from data.indexing import index_shards
 from data.shard_check import check_shards
@@ -42,7 +31,7 @@ def write_folder(
     out; errors of `list_source` and `write_shards` pass through.
     """
     listed = list_source(source, kind, pictures, ignore)
-    _say(console, f"{source}: {len(listed.items)} pictures, read as {listed.kind}")
+    say(console, f"{source}: {len(listed.items)} pictures, read as {listed.kind}")
     if not hold_out:
         _write(listed, destination, settings, console)
         return
@@ -57,72 +46,40 @@ def write_folder(
 
 def index_folder(url: str, console: Console) -> None:
     """Indexes the tars in the folder and puts the index beside them."""
-    with _bar(console, "shards") as advance:
+    with open_bar(console, "shards") as advance:
         index = index_shards(url, progress=advance)
     write_index(index)
-    _say(console, f"{url}: {index.num_samples} samples in {len(index.shards)} shards indexed")
+    say(console, f"{url}: {index.num_samples} samples in {len(index.shards)} shards indexed")
 
 
 def check_folder(url: str, console: Console) -> bool:
     """Prints every fault of the shards; true where there is one."""
-    with _bar(console, "shards") as advance:
+    with open_bar(console, "shards") as advance:
         faults = check_shards(url, progress=advance)
     for fault in faults[:_FAULTS_SHOWN]:
-        _say(console, str(fault))
+        say(console, str(fault))
     if len(faults) > _FAULTS_SHOWN:
-        _say(console, f"... and {len(faults) - _FAULTS_SHOWN} more")
-    _say(console, f"{url}: {len(faults)} faults" if faults else f"{url}: no fault")
+        say(console, f"... and {len(faults) - _FAULTS_SHOWN} more")
+    say(console, f"{url}: {len(faults)} faults" if faults else f"{url}: no fault")
     return bool(faults)
 
 
 def _write(source: Source, destination: str, settings: ShardSettings, console: Console) -> None:
-    with _bar(console, "pictures") as advance:
+    with open_bar(console, "pictures") as advance:
 
         def show(progress: WriteProgress) -> None:
             advance(progress.done, progress.total)
 
         report = write_shards(source, destination, settings, progress=show)
-    _say(
+    say(
         console,
         f"{destination}: {report.num_samples} pictures in {report.num_shards} shards, "
         f"{report.num_bytes / 1e6:.1f} MB",
     )
     if report.left_out:
         first = report.left_out[0]
-        _say(
+        say(
             console,
             f"left out {len(report.left_out)}, named in {destination}/{REPORT_NAME}; the first: "
             f"{first.name}: {first.reason}",
         )
-
-
-def _say(console: Console, text: str) -> None:
-    """One line, whole: paths must stay copyable."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-class _Rate(ProgressColumn):
-    """Units per second, once there are some."""
-
-    def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:.0f}/s")
-
-
-@contextmanager
-def _bar(console: Console, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left; gives the function that moves it to (done, total)."""
-    columns = (
-        TextColumn(unit),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(unit, total=None)
-
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        yield advance
