@@ -37,7 +37,7 @@ from data.packing import SkippedPicture
 from data.picture_files import open_reader, read_one
 from data.pictures import BrokenPicture, decode_picture
 from data.reading import ReadingSettings
-from data.samples import Sample, picture_bytes, why_no_picture
+from data.samples import SEGMENTS_PART, Sample, picture_bytes, why_no_picture
 from models.settings import Settings
 from models.structures import Images
 
@@ -78,6 +78,8 @@ class EvaluationBatch:
     """Position of each picture in the index of its set."""
     skipped: tuple[SkippedPicture, ...] = ()
     """Pictures of this batch that could not be used."""
+    segments: tuple[bytes | None, ...] = ()
+    """The panoptic PNG of each picture, not decoded; None where there is none."""
 
 
 def evaluation_batches(
@@ -138,6 +140,7 @@ class _Part:
     packed: PackedDetectionBatch
     annotations: tuple[BoxAnnotation, ...]
     stored_sizes: tuple[tuple[int, int], ...]
+    segments: tuple[bytes | None, ...]
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class _Sized:
     ready: ReadyPicture
     annotation: BoxAnnotation
     stored_size: tuple[int, int]
+    segments: bytes | None
 
 
 def _parts(
@@ -193,7 +197,8 @@ def _sized(sample: Sample, sizes: EvaluationSizes) -> _Sized | SkippedPicture:
     height, width = picture.shape[:2]
     stored = BoxedPicture(picture, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
     resized = resized_picture(stored, sizes.short_side, sizes.max_size)
-    return _Sized(ReadyPicture(0, sample.id, sample.key, resized), annotation, (height, width))
+    ready = ReadyPicture(0, sample.id, sample.key, resized)
+    return _Sized(ready, annotation, (height, width), sample.parts.get(SEGMENTS_PART))
 
 
 def _part(sized: Sequence[_Sized | SkippedPicture], step: int, shared: bool) -> _Part:
@@ -204,6 +209,7 @@ def _part(sized: Sequence[_Sized | SkippedPicture], step: int, shared: bool) -> 
         packed=pack_detection(ready, skipped, step, {}, shared=shared),
         annotations=tuple(each.annotation for each in pictures),
         stored_sizes=tuple(each.stored_size for each in pictures),
+        segments=tuple(each.segments for each in pictures),
     )
 
 
@@ -219,4 +225,5 @@ def _on_device(part: _Part, device: torch.device) -> EvaluationBatch:
         keys=packed.keys,
         sample_ids=batch.sample_ids,
         skipped=packed.skipped,
+        segments=part.segments,
     )
