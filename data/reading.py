@@ -107,7 +107,7 @@ class StorageReader:
     ) -> None:
         """Opens the folder `url`; StorageError where its protocol is unknown."""
         self.folder = open_folder(url, storage_options)
-        self.transient = _transient_errors(url)
+        self.transient = transient_errors(url)
         """Errors that may pass by themselves."""
         self._settings = settings
         self._cache = _cache_of(settings)
@@ -292,7 +292,7 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _transient_errors(url: str) -> tuple[type[Exception], ...]:
+def transient_errors(url: str) -> tuple[type[Exception], ...]:
     """What may pass by itself; a filesystem's own errors exist only where its package does."""
     match url.partition("://")[0]:
         case "s3" | "s3a":

@@ -19,6 +19,7 @@ Box = tuple[int, int, int, int]
 LEAST_LONG_SIDE = 400
 """Shorter pictures are enlarged to this many pixels before anything is drawn on them."""
 SEGMENT_OPACITY = 0.45
+TILE_WIDTH = 420
 MARGIN = 12
 TITLE_HEIGHT = 20
 BACKGROUND = (250, 250, 248)
@@ -40,15 +41,17 @@ def draw_boxes(
     boxes_xyxy: Float32[np.ndarray, "boxes 4"],
     labels: Int64[np.ndarray, " boxes"],
     captions: Sequence[str],
+    width: int | None = None,
 ) -> Image.Image:
     """The picture with a box and a caption for each object, the first ones on top.
 
-    Boxes are in pixels and are drawn as far as they lie in the picture. A small picture comes back
-    enlarged.
+    Boxes are in pixels and are drawn as far as they lie in the picture. It comes back `width`
+    pixels wide; where that is None, as it is, but a small one enlarged.
     """
-    scale = max(1.0, LEAST_LONG_SIDE / max(picture.shape[:2]))
-    canvas = _enlarged(Image.fromarray(picture), scale)
-    line = max(2, round(max(canvas.size) / 320))
+    enlarged = max(1.0, LEAST_LONG_SIDE / max(picture.shape[:2]))
+    scale = enlarged if width is None else width / picture.shape[1]
+    canvas = _scaled(Image.fromarray(picture), scale)
+    line = max(2, round(max(canvas.size) / 300))
     frames = [_frame(box, canvas.size) for box in (boxes_xyxy * scale).tolist()]
     draw = ImageDraw.Draw(canvas)
     colours = [colour_of(int(label)) for label in labels]
@@ -72,7 +75,7 @@ def draw_segments(
     return levels
 
 
-def draw_sheet(tiles: Iterable[Tile], columns: int = 4, width: int = 420) -> Image.Image:
+def draw_sheet(tiles: Iterable[Tile], columns: int = 4, width: int = TILE_WIDTH) -> Image.Image:
     """The pictures, each `width` pixels wide under its title, in columns of like length."""
     drawn = [_titled(tile, width) for tile in tiles]
     bottoms = [MARGIN] * max(1, min(columns, len(drawn)))
@@ -96,11 +99,11 @@ def colour_of(label: int) -> Colour:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def _enlarged(picture: Image.Image, scale: float) -> Image.Image:
+def _scaled(picture: Image.Image, scale: float) -> Image.Image:
     if scale == 1:
         return picture
     size = [max(1, round(side * scale)) for side in picture.size]
-    return picture.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    return picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
 
 def _frame(box_xyxy: list[float], size: tuple[int, int]) -> Box:
@@ -125,7 +128,7 @@ def _draw_captions(
     size: tuple[int, int],
 ) -> None:
     """Each at the first place by its box that is free, in their order; last resort: its corner."""
-    font = _font(max(12, round(max(size) / 48)))
+    font = _font(max(12, round(max(size) / 45)))
     taken: list[Box] = []
     for frame, colour, caption in zip(frames, colours, captions, strict=True):
         place = _caption_place(draw, frame, caption, font, size, taken)
@@ -193,7 +196,8 @@ def _titled(tile: Tile, width: int) -> Image.Image:
     while title and font.getlength(title) > width:
         title = title[:-1]
     ImageDraw.Draw(sheet).text((0, 1), title, fill=INK, font=font)
-    sheet.paste(tile.picture.resize((width, height), Image.Resampling.LANCZOS), (0, TITLE_HEIGHT))
+    fitting = tile.picture.resize((width, height), Image.Resampling.LANCZOS)
+    sheet.paste(fitting, (0, TITLE_HEIGHT))
     return sheet
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import fsspec
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from data.pictures import BrokenPicture, decode_picture
+from data.reading import one_line, transient_errors
 from data.samples import PICTURE_EXTENSIONS
 from data.source_items import PictureFile, SourceError
 from data.sources import list_source
@@ -50,8 +50,13 @@ def find_pictures(sources: Sequence[str], listed: Iterable[str] = ()) -> tuple[P
 
 def read_bytes(url: str) -> bytes:
     """The bytes of a file at a path or any fsspec URL; OSError where it cannot be read."""
-    with fsspec.open(url, "rb") as file:
-        content: bytes = file.read()
+    folder = open_folder(url)
+    try:
+        content: bytes = folder.filesystem.cat_file(folder.path)
+    except transient_errors(url) as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(one_line(error)) from error
     return content
 
 

@@ -18,7 +18,7 @@ from data.held_out import read_samples
 from data.pictures import BrokenPicture
 from data.randomness import sample_generator
 from data.samples import Sample
-from finetune.drawing import Tile, draw_boxes, draw_segments, draw_sheet
+from finetune.drawing import TILE_WIDTH, Tile, draw_boxes, draw_segments, draw_sheet
 from models.structures import Classes
 from training.recipe import load_recipe
 
@@ -70,12 +70,12 @@ def draw_data(
 
 
 def draw_boxed(picture: BoxedPicture, classes: Classes) -> Image.Image:
-    """The picture with the boxes, names and, where there are any, segments of its objects."""
+    """A tile with the boxes, names and, where there are any, segments of the objects."""
     pixels = picture.picture
     if picture.segments is not None:
         pixels = draw_segments(pixels, picture.segments, picture.labels)
     names = [classes.names[label] for label in picture.labels]
-    return draw_boxes(pixels, picture.boxes_xyxy, picture.labels, names)
+    return draw_boxes(pixels, picture.boxes_xyxy, picture.labels, names, TILE_WIDTH)
 
 
 def _augmented(
