@@ -21,10 +21,10 @@ MAX_PIXELS = 89_478_485
 """Largest picture in pixels (Pillow's own limit); a few kilobytes can unpack to gigabytes."""
 
 # A closed list: Pillow would hand an EPS to ghostscript, and vector formats have no size.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 # What Pillow's readers raise on damaged files (UnidentifiedImageError is an OSError).
-_DAMAGE = (
+PICTURE_DAMAGE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -113,12 +113,12 @@ def _decode_any(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
         return _decode_pillow(data)
     except BrokenPicture:
         raise
-    except _DAMAGE as error:
+    except PICTURE_DAMAGE as error:
         raise BrokenPicture(f"{type(error).__name__}: {_one_line(error)}") from error
 
 
 def _decode_pillow(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(image.height, image.width)
         if image.mode in ("I", "F"):
             raise BrokenPicture(f"mode {image.mode} has no defined range; store 8 or 16 bits")

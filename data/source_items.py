@@ -5,15 +5,20 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+from data.annotation_faults import AnnotationFault, CheckedAnnotation
+from data.annotations import annotation_json
 from data.storage import Folder, StorageOptions
 from data.tar_layout import TarPart
 
-SourceKind = Literal["classes", "folder", "list", "tars", "coco", "voc"]
+SourceKind = Literal["classes", "folder", "list", "tars", "coco", "voc", "yolo"]
+
+ANNOTATED_KINDS: tuple[SourceKind, ...] = ("coco", "voc", "yolo")
+"""Those whose pictures come with boxes; the classes of the others are of whole pictures."""
 
 # A tar header holds 100 bytes of name; the extension needs some of them.
 _MAX_KEY_BYTES = 80
@@ -36,8 +41,9 @@ class PictureFile:
     """Path relative to the source's folder; the whole path or URL for a list."""
     parts: tuple[tuple[str, bytes], ...] = ()
     """Files that travel beside the picture, as (extension, content)."""
-    annotation: str | None = None
-    """Path of the VOC annotation relative to the source's folder."""
+    width: int = 0
+    """Of the picture in pixels, as annotated; 0 where that is not known."""
+    height: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +77,29 @@ class Source:
     items: tuple[SourceItem, ...]
     left_out: tuple[LeftOut, ...]
     classes: Mapping[int, str] = field(default_factory=dict)
-    """Name of each class by its number: of the folders of a class tree, or COCO's categories."""
+    """Name of each class by its number: of the folders of a class tree, or of the annotations."""
     storage_options: StorageOptions = field(default_factory=dict)
+    faults: tuple[AnnotationFault, ...] = ()
+    """Of the annotations; a picture with an error among them is left out."""
+
+
+def annotated_items(
+    keys: Sequence[str], names: Sequence[str], annotations: Sequence[CheckedAnnotation]
+) -> tuple[tuple[PictureFile, ...], list[LeftOut]]:
+    """The pictures with their annotations as `json` parts, and those that are spoilt."""
+    items, left_out = list[PictureFile](), list[LeftOut]()
+    for key, name, one in zip(keys, names, annotations, strict=True):
+        if one.spoilt is not None:
+            left_out.append(LeftOut(name, one.spoilt))
+        elif one.annotation is None:
+            items.append(PictureFile(key, name))
+        else:
+            text, size = (
+                annotation_json(one.annotation),
+                (one.annotation.width, one.annotation.height),
+            )
+            items.append(PictureFile(key, name, (("json", text),), *size))
+    return tuple(items), left_out
 
 
 def unique_keys(names: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from data.index import INDEX_NAME, shard_entry, shard_of
 from data.shard_group import Group
-from data.source_items import LeftOut, SourceKind
+from data.source_items import ANNOTATED_KINDS, LeftOut, SourceKind
 from data.storage import Folder, file_sizes, put_bytes
 
 REPORT_NAME = "report.json"
@@ -108,6 +108,14 @@ def read_groups(folder: Folder, count: int) -> dict[int, Group]:
 def write_report(folder: Folder, report: ShardReport) -> None:
     """Put `report.json` into the folder."""
     put_bytes(folder, REPORT_NAME, (json.dumps(asdict(report), indent=1) + "\n").encode())
+
+
+def read_classes(folder: Folder) -> dict[int, str]:
+    """Name of each class of the annotations in the shards; empty where their report names none."""
+    report = _read_json(folder, REPORT_NAME) or {}
+    if report.get("kind") not in ANNOTATED_KINDS:
+        return {}
+    return {int(number): name for number, name in report["classes"].items()}
 
 
 def remove_records(folder: Folder) -> None:

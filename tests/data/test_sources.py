@@ -273,17 +273,15 @@ def test_a_voc_picture_that_its_split_names_and_is_gone_is_left_out(tmp_path: Pa
     assert source.left_out == (LeftOut("JPEGImages/2.jpg", "no such file"),)
 
 
-def test_a_damaged_voc_annotation_is_a_bad_item(tmp_path: Path) -> None:
+def test_a_picture_with_a_damaged_voc_annotation_is_left_out(tmp_path: Path) -> None:
     year = write_voc(tmp_path, ["1", "2", "3"])
     (year / "Annotations" / "1.xml").write_text("<annotation><object></object></annotation>")
     (year / "Annotations" / "2.xml").write_text("<annotation>")
     source = list_source(str(year))
-    with pytest.raises(
-        BadItemError, match=r"annotation Annotations/1.xml: <annotation> has no size"
-    ):
-        read_item(source, source.items[0])
-    with pytest.raises(BadItemError, match=r"annotation Annotations/2.xml"):
-        read_item(source, source.items[1])
+    assert _keys(source) == ["3"]
+    assert [bad.name for bad in source.left_out] == ["JPEGImages/1.jpg", "JPEGImages/2.jpg"]
+    assert source.left_out[0].reason == "Annotations/1.xml: <annotation> has no size/width"
+    assert source.left_out[1].reason.startswith("Annotations/2.xml: no element found")
 
 
 def test_the_real_coco_and_voc_are_read_whole(shared_data: Path) -> None:
