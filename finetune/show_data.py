@@ -15,9 +15,10 @@ from data.detection_content import boxed_picture
 from data.detection_set import DetectionSet, SetKind, open_detection_set
 from data.detection_transforms import AugmentSettings, BoxedPicture, augment
 from data.held_out import read_samples
+from data.panoptic_content import segmented_picture
 from data.pictures import BrokenPicture
 from data.randomness import sample_generator
-from data.samples import Sample
+from data.samples import SEGMENTS_PART, Sample
 from finetune.drawing import TILE_WIDTH, Tile, draw_boxes, draw_segments, draw_sheet
 from models.structures import Classes
 from training.recipe import load_recipe
@@ -95,7 +96,13 @@ def _augmented(
 def _one(sample: Sample, classes: Classes, settings: AugmentSettings, seed: int) -> BoxedPicture:
     generator = sample_generator(seed, 0, sample.id, "augmentation that is looked at")
     scale = float(generator.random())
-    return augment(boxed_picture(sample, classes, "keep"), settings, scale, generator)
+    has_segments = SEGMENTS_PART in sample.parts
+    picture = (
+        segmented_picture(sample, classes)
+        if has_segments
+        else boxed_picture(sample, classes, "keep")
+    )
+    return augment(picture, settings, scale, generator)
 
 
 def _title(key: str, picture: BoxedPicture) -> str:
