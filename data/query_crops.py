@@ -45,6 +45,12 @@ class ListedObjects:
     """Pixels of the stored picture, clipped to it."""
     difficult: Bool[np.ndarray, " objects"]
 
+    def only(self, kept: Bool[np.ndarray, " objects"]) -> "ListedObjects":
+        """Those objects alone."""
+        return ListedObjects(
+            self.sample_ids[kept], self.labels[kept], self.boxes_xyxy[kept], self.difficult[kept]
+        )
+
 
 @dataclass(frozen=True)
 class CropCatalogue:
