@@ -1,8 +1,11 @@
 """A detector that is small enough for tests, with classes whose ids have gaps."""
 
-import torch
+from pathlib import Path
 
-from models.artefact import PictureInput
+import torch
+from safetensors.torch import save_file
+
+from models.artefact import PictureInput, Provenance, artefact_metadata
 from models.backbone import BackboneSettings
 from models.detector import Detector, DetectorSettings
 from models.structures import Classes
@@ -24,3 +27,10 @@ SETTINGS = DetectorSettings(
 def small_detector(seed: int = 0) -> Detector:
     """The same weights for the same seed, in evaluation mode."""
     return Detector(SETTINGS, torch.Generator().manual_seed(seed)).eval()
+
+
+def write_weights(path: Path, settings: DetectorSettings = SETTINGS, seed: int = 0) -> None:
+    """A safetensors file of the detector that tells all of itself."""
+    detector = Detector(settings, torch.Generator().manual_seed(seed))
+    metadata = artefact_metadata("detector", settings, CLASSES, INPUT, Provenance())
+    save_file(detector.state_dict(), path, metadata=metadata)

@@ -14,11 +14,12 @@ from finetune.predict import (
     LoadedDetector,
     Predictions,
     device_of,
+    load_detector,
     same_size_batches,
 )
 from models.postprocess import detections
 from models.structures import Images, LayerOutput
-from tests.finetune.small_detector import CLASSES, INPUT, small_detector
+from tests.finetune.small_detector import CLASSES, INPUT, SETTINGS, small_detector, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,30 @@ def test_a_stream_of_different_sizes_is_not_kept_waiting_for_ever() -> None:
     first = next(same_size_batches(stream(), lambda number: number, 8, max_waiting=5))
     assert first == [0]
     assert len(taken) == 6
+
+
+def test_weights_in_a_file_are_a_detector_with_its_classes_and_sizes(
+    detector: LoadedDetector, tmp_path: Path
+) -> None:
+    write_weights(tmp_path / "weights.safetensors")
+    loaded = load_detector(str(tmp_path / "weights.safetensors"), "cpu")
+    assert (loaded.classes, loaded.input) == (CLASSES, INPUT)
+    picture = noise(80, 90)
+    assert_alike(
+        loaded.predict(picture, threshold=0.0)[0], detector.predict(picture, threshold=0.0)[0]
+    )
+
+
+def test_a_trained_backbone_is_run_as_a_frozen_one_in_its_precision(tmp_path: Path) -> None:
+    answers = []
+    for train in (False, True):
+        backbone = SETTINGS.backbone.model_copy(update={"train": train})
+        write_weights(
+            tmp_path / "w.safetensors", SETTINGS.model_copy(update={"backbone": backbone})
+        )
+        loaded = load_detector(str(tmp_path / "w.safetensors"), "cpu")
+        answers += loaded.predict(noise(80, 90), threshold=0.0)
+    assert_alike(answers[0], answers[1])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
