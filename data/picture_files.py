@@ -247,7 +247,7 @@ def _texts(items: Iterable[FileItem]) -> Iterable[bytes]:
 
 def _index_of(url: str, files: PictureFiles, widths: np.ndarray, heights: np.ndarray) -> ShardIndex:
     digest = hashlib.sha256(files.bounds.numpy().tobytes())
-    digest.update(memoryview(files.texts.numpy()))
+    digest.update(files.texts.numpy().data)
     pictures = Shard(
         name="picture files",
         sha256=digest.hexdigest(),
