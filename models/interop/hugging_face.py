@@ -168,6 +168,23 @@ def hugging_face_config(settings: DetectorSettings, classes: Classes | None) -> 
     }
 
 
+def hugging_face_processor(short_side: int, max_size: int) -> dict[str, object]:
+    """The preprocessor_config.json for pictures of the given size in pixels."""
+    return {
+        "image_processor_type": "DetrImageProcessor",
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "format": "coco_detection",
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": short_side, "longest_edge": max_size},
+    }
+
+
 def _refuse_unlike(config: Mapping[str, object], heads: object, source: str) -> None:
     usual = {
         "model_type": "detr",
