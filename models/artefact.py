@@ -88,6 +88,7 @@ class _Header(Settings):
     detector: DetectorSettings
     class_names: tuple[str, ...] | None
     class_ids: tuple[int, ...] | None
+    class_things: tuple[bool, ...] | None = None
     input: PictureInput
     provenance: Provenance
     masks: MaskHeadSettings | None = None
@@ -110,6 +111,7 @@ def artefact_metadata(
         detector=detector.model_copy(update={"backbone": clean}),
         class_names=None if classes is None else classes.names,
         class_ids=None if classes is None else classes.ids,
+        class_things=None if classes is None else classes.things,
         input=picture_input,
         provenance=_cleaned(provenance),
         masks=masks,
@@ -186,4 +188,4 @@ def _cleaned(provenance: Provenance) -> Provenance:
 def _classes(header: _Header) -> Classes | None:
     if header.class_names is None or header.class_ids is None:
         return None
-    return Classes(header.class_names, header.class_ids)
+    return Classes(header.class_names, header.class_ids, header.class_things)

@@ -39,8 +39,8 @@ class BackboneSettings(Settings):
     output: Literal["layer3", "layer4"] = "layer4"
     """The stage whose features the detector sees: layer4 (stride 32) or layer3 (stride 16)."""
     weights: str | None = None
-    """Where the weights come from: a path or any fsspec URL of a checkpoint, or "random"; null where
-    a checkpoint of the whole detector brings them (`init`).
+    """Where the weights come from: a path or any fsspec URL of a checkpoint, or "random"; null
+    where a checkpoint of the whole detector brings them (`init`).
     """
     train: bool = False
     """Train from layer2 on, as DETR does; conv1, layer1 and every BatchNorm stay frozen."""

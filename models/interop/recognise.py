@@ -1,7 +1,8 @@
 """What a file of weights is, whoever wrote it: told by its header, or by the names of its tensors.
 
 Public files do not say their number of heads, dilation or classes. Heads are 8 in all that were
-published; a class head of 91 classes is taken to be COCO's, as DETR's and UP-DETR's are.
+published; a class head of 91 classes is taken to be COCO's, one of 250 COCO panoptic's, as DETR's
+and UP-DETR's are.
 """
 
 from collections.abc import Mapping
@@ -29,13 +30,13 @@ from models.interop.hugging_face import (
 )
 from models.interop.panoptic import NAMES as PANOPTIC_NAMES
 from models.interop.panoptic import is_panoptic, panoptic_settings
+from models.interop.panoptic_classes import coco_panoptic_250
 from models.resnet import resnet_layout
 from models.structures import Classes
 
 Form = Literal["querypatch", "detr", "hf"]
 
 _UNSEEN = ("num_heads", "backbone.dilation", "backbone.stride_in_1x1")
-_COCO_LABELS = 91
 
 
 def recognise(
@@ -120,7 +121,8 @@ def _hugging_face(
 def _panoptic(tensors: Mapping[str, Tensor], ours: Mapping[str, Tensor], source: str) -> Artefact:
     settings, masks = panoptic_settings(tensors, source=source)
     guessed = (*_guessed(settings)[1:], "masks.softmax_over")
-    found = _foreign("panoptic", ours, settings, None, source, form="detr", guessed=guessed)
+    classes = _published_classes(settings.num_classes)
+    found = _foreign("panoptic", ours, settings, classes, source, form="detr", guessed=guessed)
     return replace(found, masks=masks)
 
 
@@ -131,17 +133,28 @@ def _nameless(
     public = {detr_name(name): tensor for name, tensor in ours.items()}
     settings = detector or detr_settings(public, source=source)
     kind: ArtefactKind = "patch_detector" if "patch_projection.weight" in ours else "detector"
-    is_coco = kind == "detector" and settings.num_classes == _COCO_LABELS
+    classes = _published_classes(settings.num_classes) if kind == "detector" else None
     guessed = () if detector else _guessed(settings)
     return _foreign(
         kind,
         ours,
         settings,
-        coco_91() if is_coco else None,
+        classes,
         source,
         form=form,
-        guessed=(*guessed, "classes") if is_coco else guessed,
+        guessed=(*guessed, "classes") if classes else guessed,
     )
+
+
+def _published_classes(num_classes: int | None) -> Classes | None:
+    """Those that published heads with so many rows have."""
+    match num_classes:
+        case 91:
+            return coco_91()
+        case 250:
+            return coco_panoptic_250()
+        case _:
+            return None
 
 
 def _foreign(

@@ -1,0 +1,167 @@
+"""The panoptic task: a mask head on a finished detector of things and stuff (DETR, section 4.4).
+
+The first stage is ordinary detection on COCO panoptic, whose boxes are those of the segments. This
+is the second: the detector stays as it is, the mask head is trained on its matched queries.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from data.detection_batches import PackedDetectionBatch, detection_to_device
+from data.detection_set import DetectionSet
+from data.panoptic_content import PanopticContent
+from finetune.artefacts import open_weights
+from finetune.panoptic_evaluation import evaluate_panoptic
+from finetune.panoptic_weights import load_mask_head
+from finetune.recipe import FinetuneRecipe
+from finetune.task import Judgement, Scoring, Task
+from finetune.transfer import initial_detector
+from models.artefact import Artefact
+from models.interop.checkpoint_files import WeightsError
+from models.interop.class_names import match_names
+from models.interop.placing import LoadReport
+from models.mask_head import MatchedMasks, PanopticDetector
+from models.mask_losses import MaskLossWeights, mask_losses, true_masks
+from models.matching import MatchingCosts, UnmatchableError
+from models.structures import Classes, DetectionBatch, Losses, Targets
+from training.world import World, all_reduce_sum
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PanopticObjective:
+    """The losses of a batch; a value, so that the loop can call it with any model."""
+
+    costs: MatchingCosts
+    weights: MaskLossWeights
+    world: World
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: DetectionBatch,
+        generator: torch.Generator,  # noqa: ARG002  (nothing is drawn)
+    ) -> Losses:
+        """The losses of one step; predictions that are not finite give a total of NaN."""
+        assert batch.segments is not None
+        try:
+            found: MatchedMasks = model(batch.images, batch.targets, self.costs)
+        except UnmatchableError as error:
+            logger.warning("the step is left out: %s", error)
+            return self._unmatched(model, batch)
+        return mask_losses(
+            found,
+            true_masks(found.matching, batch.segments),
+            sum(len(labels) for labels in batch.targets.labels),
+            self.weights,
+            reduce_sum=all_reduce_sum,
+            world_size=self.world.size,
+            blank=batch.blank,
+        )
+
+    def _unmatched(self, model: nn.Module, batch: DetectionBatch) -> Losses:
+        """NaN that reaches every parameter, and this worker's part in the sum over all."""
+        found: MatchedMasks = model(batch.images, _no_targets(batch.targets), self.costs)
+        all_reduce_sum(found.logits.new_zeros((), dtype=torch.float32))
+        return Losses(found.logits.float().sum() * torch.nan)
+
+
+def panoptic_task(
+    recipe: FinetuneRecipe, train: DetectionSet, validation: DetectionSet | None, world: World
+) -> Task[PackedDetectionBatch]:
+    """A mask head for the detector of `recipe.init`, which must know all classes of `train`.
+
+    Raises WeightsError, in one line, where it does not, and where weights do not fit.
+    """
+    if train.classes.things is None:
+        raise WeightsError(
+            f"{train.url} says of no class whether it is thing or stuff: a mask head learns from "
+            "a COCO panoptic json (data.kind=coco_panoptic)"
+        )
+    assert recipe.init is not None, "the recipe asks for it"
+    artefact = open_weights(recipe.init)
+    _check_classes(artefact, train.classes)
+    frozen = recipe.model.backbone.model_copy(update={"train": False})
+    settings = recipe.model.model_copy(update={"backbone": frozen})
+    detector, report = initial_detector(settings, recipe.init, train.classes, recipe.seed)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    model = PanopticDetector(detector, recipe.panoptic.head, generator)
+    return Task(
+        model=model,
+        backbone=None,
+        load_report=_with_head(report, model, artefact),
+        kind="panoptic",
+        content=PanopticContent(classes=train.classes, augment=recipe.data.augment),
+        to_device=detection_to_device,
+        objective=PanopticObjective(recipe.costs, recipe.panoptic.losses, world),
+        evaluate=_evaluation(recipe, train.classes, validation, world),
+    )
+
+
+def _check_classes(artefact: Artefact, classes: Classes) -> None:
+    """A frozen detector cannot learn a class."""
+    if artefact.classes is None:
+        raise WeightsError(
+            f"init={artefact.source} does not name its classes, so that a mask head cannot be put "
+            "on it; finetune it for boxes on this set first (task=detect)"
+        )
+    found = match_names(classes, artefact.classes)
+    unknown = [name for name, label in zip(classes.names, found, strict=True) if label is None]
+    if unknown:
+        raise WeightsError(
+            f"init={artefact.source} does not know {len(unknown)} of the classes, e.g. "
+            f"{unknown[0]}, and a frozen detector cannot learn them; finetune it for boxes on this "
+            "set first (task=detect)"
+        )
+
+
+def _with_head(report: LoadReport, model: PanopticDetector, artefact: Artefact) -> LoadReport:
+    """The report with the detector's names as they are in the model, and with the mask head."""
+    loaded, new = load_mask_head(model, artefact)
+    return replace(
+        report,
+        loaded=(*(f"detector.{name}" for name in report.loaded), *loaded),
+        reshaped=tuple(f"detector.{name}" for name in report.reshaped),
+        new=(*(f"detector.{name}" for name in report.new), *new),
+        left_out=tuple(name for name in report.left_out if name not in loaded),
+    )
+
+
+def _no_targets(targets: Targets) -> Targets:
+    return Targets(
+        tuple(boxes[:0] for boxes in targets.boxes_cxcywh),
+        tuple(labels[:0] for labels in targets.labels),
+    )
+
+
+def _evaluation(
+    recipe: FinetuneRecipe, classes: Classes, validation: DetectionSet | None, world: World
+) -> Callable[[nn.Module], Scoring] | None:
+    if validation is None:
+        return None
+
+    def evaluate(model: nn.Module) -> Scoring:
+        assert isinstance(model, PanopticDetector)
+        scoring = evaluate_panoptic(
+            model,
+            validation,
+            classes,
+            recipe.evaluation,
+            recipe.panoptic.segments,
+            world,
+            recipe.loop.precision,
+            recipe.data.stream.reading,
+        )
+
+        def score() -> Judgement:
+            evaluation = scoring()
+            return Judgement(evaluation.metrics(), evaluation.content())
+
+        return score
+
+    return evaluate
