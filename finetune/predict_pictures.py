@@ -139,8 +139,8 @@ def write_predictions(
             drawing.result()
     if progress is not None:
         progress(len(entries), len(entries))
-    _write_json(out / PREDICTIONS, _results(entries, found))
-    _write_json(out / IMAGES, _key(detector, entries, found, left_out))
+    _write_whole(out / PREDICTIONS, _a_box_a_line(_results(entries, found)))
+    _write_whole(out / IMAGES, json.dumps(_key(detector, entries, found, left_out), indent=1))
     num_boxes = sum(len(answer.scores) for answer in found.values())
     return PredictionReport(len(found), num_boxes, tuple(left_out), out)
 
@@ -262,9 +262,14 @@ def _key(
     }
 
 
-def _write_json(path: Path, content: object) -> None:
-    """Whole or not at all."""
+def _a_box_a_line(results: Sequence[CocoResult]) -> str:
+    lines = ",\n".join(json.dumps(box, separators=(",", ":")) for box in results)
+    return f"[\n{lines}\n]"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """The file, or nothing of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(f"{text}\n", encoding="utf-8")
     unfinished.replace(path)
