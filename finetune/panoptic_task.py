@@ -18,9 +18,10 @@ from finetune.artefacts import open_weights
 from finetune.panoptic_evaluation import evaluate_panoptic
 from finetune.panoptic_weights import load_mask_head
 from finetune.recipe import FinetuneRecipe
-from finetune.task import Judgement, Scoring, Task
+from finetune.task import Judgement, Scoring, Task, TaskSets
 from finetune.transfer import initial_detector
 from models.artefact import Artefact
+from models.detector import Detector
 from models.interop.checkpoint_files import WeightsError
 from models.interop.class_names import match_names
 from models.interop.placing import LoadReport
@@ -72,35 +73,49 @@ class PanopticObjective:
 
 
 def panoptic_task(
-    recipe: FinetuneRecipe, train: DetectionSet, validation: DetectionSet | None, world: World
+    recipe: FinetuneRecipe, sets: TaskSets, world: World, is_fresh: bool
 ) -> Task[PackedDetectionBatch]:
-    """A mask head for the detector of `recipe.init`, which must know all classes of `train`.
+    """A mask head for the detector of `recipe.init`, which must know all classes of the data.
 
-    Raises WeightsError, in one line, where it does not, and where weights do not fit.
+    Its first weights are made where the run `is_fresh`; else a checkpoint fills it. Raises
+    WeightsError, in one line, where the detector does not know them, and where weights do not fit.
     """
-    if train.classes.things is None:
+    classes = sets.train.classes
+    if classes.things is None:
         raise WeightsError(
-            f"{train.url} says of no class whether it is thing or stuff: a mask head learns from "
-            "a COCO panoptic json (data.kind=coco_panoptic)"
+            f"{sets.train.url} says of no class whether it is thing or stuff: a mask head learns "
+            "from a COCO panoptic json (data.kind=coco_panoptic)"
         )
-    assert recipe.init is not None, "the recipe asks for it"
-    artefact = open_weights(recipe.init)
-    _check_classes(artefact, train.classes)
-    frozen = recipe.model.backbone.model_copy(update={"train": False})
-    settings = recipe.model.model_copy(update={"backbone": frozen})
-    detector, report = initial_detector(settings, recipe.init, train.classes, recipe.seed)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    model = PanopticDetector(detector, recipe.panoptic.head, generator)
+    model, report = _model(recipe, classes, is_fresh)
     return Task(
         model=model,
         backbone=None,
-        load_report=_with_head(report, model, artefact),
+        load_report=report,
         kind="panoptic",
-        content=PanopticContent(classes=train.classes, augment=recipe.data.augment),
+        content=PanopticContent(classes=classes, augment=recipe.data.augment),
         to_device=detection_to_device,
         objective=PanopticObjective(recipe.costs, recipe.panoptic.losses, world),
-        evaluate=_evaluation(recipe, train.classes, validation, world),
+        evaluate=_evaluation(recipe, classes, sets.validation, world),
     )
+
+
+def _model(
+    recipe: FinetuneRecipe, classes: Classes, is_fresh: bool
+) -> tuple[PanopticDetector, LoadReport | None]:
+    """The detector with a mask head; both are drawn from the seed and then filled."""
+    frozen = recipe.model.backbone.model_copy(update={"train": False})
+    settings = recipe.model.model_copy(update={"backbone": frozen})
+    generator = torch.Generator().manual_seed(recipe.seed)
+    if not is_fresh:
+        return PanopticDetector(
+            Detector(settings, generator), recipe.panoptic.head, generator
+        ), None
+    assert recipe.init is not None, "the recipe asks for it"
+    artefact = open_weights(recipe.init)
+    _check_classes(artefact, classes)
+    detector, report = initial_detector(settings, recipe.init, classes, recipe.seed)
+    model = PanopticDetector(detector, recipe.panoptic.head, generator)
+    return model, _with_head(report, model, artefact)
 
 
 def _check_classes(artefact: Artefact, classes: Classes) -> None:

@@ -165,7 +165,8 @@ def _metadata(
         }
         provenance = provenance.model_copy(update=judged)
     picture_input = PictureInput(short_side=sizes.short_side, max_size=sizes.max_size)
-    return artefact_metadata(kind, recipe.model, classes, picture_input, provenance)
+    masks = recipe.panoptic.head if kind == "panoptic" else None
+    return artefact_metadata(kind, recipe.model, classes, picture_input, provenance, masks)
 
 
 def _counters(stream: ExactStream[P]) -> dict[str, float]:
