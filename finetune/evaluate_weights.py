@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from data.detection_set import DetectionSet, open_detection_set
+from data.detection_set import DetectionSet, SetKind, open_detection_set
 from data.evaluation_batches import EvaluationSizes
 from finetune.artefacts import build_detector, open_weights
 from finetune.evaluation import Evaluation, EvaluationSettings, Progress, evaluate_detector
@@ -21,11 +21,16 @@ def evaluate_weights(
     settings: EvaluationSettings,
     device: torch.device,
     progress: Progress | None = None,
+    *,
+    kind: SetKind | None = None,
+    pictures: str | None = None,
 ) -> Evaluation:
     """The numbers of the detector in a file, folder or run on the labelled pictures at `data_url`.
 
-    Pictures have the size that the weights were made for, where `settings` does not set `sizes`.
-    On a GPU that has bfloat16 the model computes in it.
+    `kind` and `pictures` say what the data are and where their pictures lie, as for
+    `open_detection_set`. Pictures have the size that the weights were made for, where `settings`
+    does not set `sizes`. Computes in float32, as papers do; a run in bfloat16 may have told a
+    slightly other number.
 
     Raises:
         WeightsError: there are no weights, or they are no detector's.
@@ -34,16 +39,14 @@ def evaluate_weights(
     """
     artefact = open_weights(source)
     detector = build_detector(artefact).to(device)
-    data = open_detection_set(data_url)
+    data = open_detection_set(data_url, kind=kind, pictures=pictures)
     fitting = settings.model_copy(update={"sizes": _sizes(artefact, settings)})
-    is_mixed = device.type == "cuda" and torch.cuda.is_bf16_supported()
     score = evaluate_detector(
         detector,
         data,
         _classes(artefact, data),
         fitting,
         World.alone(device),
-        "bf16" if is_mixed else "float32",
         progress=progress,
     )
     return score()

@@ -1,7 +1,7 @@
 """One worker's part of an evaluation: what the pictures hold and what was found in them.
 
-Detections leave the device once a batch, as the surest `max_detections` of each picture, float32:
-2.4 kB a picture.
+Detections leave the device once a batch, in float32. On its way to the other workers a picture with
+100 of them takes 3.5 kB, 5,000 pictures half a second to pack (measured).
 """
 
 from collections import Counter
