@@ -258,3 +258,15 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
     wanted: Device = "cuda"
     with pytest.raises(ValueError, match="torch sees no GPU here; use device=cpu"):
         device_of(wanted)
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_a_gpu_is_near_float32_on_the_cpu(tmp_path: Path) -> None:
+    write_weights(tmp_path / "weights.safetensors")
+    picture = noise(80, 90)
+    (exact,), (mixed,) = (
+        load_detector(str(tmp_path / "weights.safetensors"), device).predict(picture, threshold=0.0)
+        for device in ("cpu", "cuda")
+    )
+    np.testing.assert_allclose(np.sort(mixed.scores), np.sort(exact.scores), atol=0.02)
+    assert mixed.boxes_xyxy.dtype == np.float32
