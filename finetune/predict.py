@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 
-from data.normalise import normalised_images
 from data.pictures import BrokenPicture, resize, resized_size
 from finetune.artefacts import build_detector, open_weights
 from finetune.picture_sources import ImageInput, decoded, described
@@ -135,7 +134,7 @@ def load_detector(source: str, device: Device = "auto") -> LoadedDetector:
     target = device_of(device)
     is_mixed = target.type == "cuda" and frozen_dtype("auto", target) is torch.bfloat16
     model = (
-        build_detector(_for_inference(artefact, is_mixed)).eval().requires_grad_(False).to(target)
+        build_detector(for_inference(artefact, is_mixed)).eval().requires_grad_(False).to(target)
     )
 
     def find(images: Images) -> LayerOutput:
@@ -143,7 +142,7 @@ def load_detector(source: str, device: Device = "auto") -> LoadedDetector:
             layer: LayerOutput = model(images).groups[0].layers[-1]
         return layer
 
-    return LoadedDetector(find, _classes_of(artefact), artefact.input, target)
+    return LoadedDetector(find, classes_of(artefact), artefact.input, target)
 
 
 def prepare(picture: UInt8[np.ndarray, "_ _ 3"], size: PictureInput) -> PreparedPicture:
@@ -158,7 +157,7 @@ def predict_batch(
     detector: LoadedDetector, pictures: Sequence[PreparedPicture], threshold: float
 ) -> list[Predictions]:
     """What is found in pictures that have one size when prepared, in one run of the detector."""
-    layer = detector.find(_images(pictures, detector.device))
+    layer = detector.find(prepared_images(pictures, detector.device))
     sizes = torch.tensor([[one.height, one.width] for one in pictures], device=detector.device)
     found = detections(layer, sizes)
     scores, labels, boxes = found.scores.cpu(), found.labels.cpu(), found.boxes_xyxy.cpu()
@@ -223,7 +222,7 @@ def _check_kind(artefact: Artefact) -> None:
             )
 
 
-def _for_inference(artefact: Artefact, is_mixed: bool) -> Artefact:
+def for_inference(artefact: Artefact, is_mixed: bool) -> Artefact:
     """With a backbone that is folded once; one that was frozen keeps the precision it had."""
     backbone = artefact.detector.backbone
     if not backbone.train:
@@ -234,7 +233,8 @@ def _for_inference(artefact: Artefact, is_mixed: bool) -> Artefact:
     return replace(artefact, detector=artefact.detector.model_copy(update={"backbone": frozen}))
 
 
-def _classes_of(artefact: Artefact) -> Classes:
+def classes_of(artefact: Artefact) -> Classes:
+    """The classes of a detector; called by their numbers where its file does not name them."""
     if artefact.classes is not None:
         return artefact.classes
     assert artefact.detector.num_classes is not None
@@ -243,7 +243,7 @@ def _classes_of(artefact: Artefact) -> Classes:
     return Classes(tuple(f"class {number}" for number in numbers), numbers)
 
 
-def _images(pictures: Sequence[PreparedPicture], device: torch.device) -> Images:
+def prepared_images(pictures: Sequence[PreparedPicture], device: torch.device) -> Images:
     """The pictures normalised on the device; of one size, so without padding."""
     levels = torch.from_numpy(np.stack([one.resized for one in pictures])).to(device)
     sizes = torch.tensor([one.size for one in pictures], device=device)
