@@ -31,7 +31,7 @@ from data.detection_transforms import AugmentSettings, BoxedPicture, kept_boxes
 from data.loader import Place, ReadSample
 from data.packing import SkippedPicture
 from data.picture_files import restricted
-from data.pictures import BrokenPicture, decode_picture
+from data.pictures import BrokenPicture
 from data.query_crops import (
     CropCatalogue,
     CropSettings,
@@ -42,9 +42,10 @@ from data.query_crops import (
     draw_crop,
     draw_label,
     is_of_picture,
+    picture_of,
 )
 from data.randomness import sample_generator
-from data.samples import Sample, picture_bytes, why_no_picture
+from data.samples import Sample
 from models.structures import Classes
 
 MATCHES = 1
@@ -137,12 +138,9 @@ class OneShotContent:
     ) -> ReadyPicture:
         if isinstance(asked, BrokenPicture):
             raise asked
-        crop = reference_crop(
-            references[asked.reference_id],
-            self.catalogue.boxes_xyxy[asked.crop],
-            self.crops.side,
-            asked.flipped,
-        )
+        reference = _reference_picture(references[asked.reference_id])
+        box_xyxy = self.catalogue.boxes_xyxy[asked.crop].numpy()
+        crop = cut_crop(reference, box_xyxy, self.crops.side, asked.flipped)
         boxed = augmented(asked.boxed, self.augment, place, sample.id)
         return ReadyPicture(stream, sample.id, sample.key, boxed, query_patches=crop[None])
 
@@ -197,23 +195,6 @@ def seen_labels(classes: Classes, unseen: Sequence[str], url: str) -> tuple[int,
     return tuple(label for label, name in enumerate(classes.names) if name not in unseen)
 
 
-def reference_crop(
-    sample: Sample, box_xyxy: Tensor, side: int, flipped: bool = False
-) -> UInt8[np.ndarray, "{side} {side} 3"]:
-    """An object of a sample's picture as a query crop.
-
-    Raises:
-        BrokenPicture: the picture of the reference cannot be used; names it.
-    """
-    data = picture_bytes(sample)
-    if data is None:
-        raise BrokenPicture(f"its reference {sample.key}: {why_no_picture(sample)}")
-    try:
-        return cut_crop(decode_picture(data), box_xyxy.numpy(), side, flipped)
-    except BrokenPicture as error:
-        raise BrokenPicture(f"its reference {sample.key}: {error}") from error
-
-
 @dataclass(frozen=True)
 class _Asked:
     """A picture before its augmentation, and what asks for its targets."""
@@ -233,3 +214,10 @@ def _read_all(asked: Sequence[_Asked], read: ReadSample) -> dict[int, Sample]:
         return {id: read(id) for id in ids}
     with ThreadPoolExecutor(min(_READS, len(ids)), thread_name_prefix="reference-reader") as pool:
         return dict(zip(ids, pool.map(read, ids), strict=True))
+
+
+def _reference_picture(sample: Sample) -> UInt8[np.ndarray, "height width 3"]:
+    try:
+        return picture_of(sample)
+    except BrokenPicture as error:
+        raise BrokenPicture(f"its reference {sample.key}: {error}") from error

@@ -18,8 +18,9 @@ from pydantic import Field
 from torch import Tensor
 
 from data.annotations import BoxAnnotation
-from data.pictures import resize
+from data.pictures import BrokenPicture, decode_picture, resize
 from data.randomness import sample_generator
+from data.samples import Sample, picture_bytes, why_no_picture
 from models.settings import Settings
 from models.structures import Classes
 
@@ -157,6 +158,14 @@ def reference_crops(catalogue: CropCatalogue, label: int, sample_id: int, count:
 def is_of_picture(catalogue: CropCatalogue, crop: int, sample_id: int) -> bool:
     """Whether a reference comes from the very picture."""
     return int(catalogue.sample_ids[crop]) == sample_id
+
+
+def picture_of(sample: Sample) -> UInt8[np.ndarray, "height width 3"]:
+    """The decoded picture of a sample; BrokenPicture, with the reason, where there is none."""
+    data = picture_bytes(sample)
+    if data is None:
+        raise BrokenPicture(why_no_picture(sample))
+    return decode_picture(data)
 
 
 def cut_crop(

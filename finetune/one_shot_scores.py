@@ -113,23 +113,6 @@ def score_one_shot(
     return OneShotScores(protocol, len(runs), per_class, _mean(ap50[seen]), _mean(ap50[~seen]))
 
 
-def one_shot_table(scores: OneShotScores) -> str:
-    """The scores as text, in percent, seen classes first; a dash where a number does not exist."""
-    rows = [("class", "", "objects", "AP50")]
-    rows += [
-        (one.name, "seen" if one.seen else "unseen", str(one.objects), _percent(one.ap50))
-        for one in sorted(scores.per_class, key=lambda one: not one.seen)
-    ]
-    rows += [
-        ("mean", "seen", "", _percent(scores.seen_ap50)),
-        ("mean", "unseen", "", _percent(scores.unseen_ap50)),
-    ]
-    width = max(len(name) for name, *_ in rows)
-    lines = [f"{name:{width}}  {kind:6}  {count:>7}  {ap50:>5}" for name, kind, count, ap50 in rows]
-    title = f"one-shot, {scores.protocol}, mean of {scores.runs} references"
-    return "\n".join([title, *lines])
-
-
 def _own_references(questions: Mapping[int, Sequence[Question]], catalogue: CropCatalogue) -> int:
     return sum(
         is_of_picture(catalogue, crop, id)
@@ -159,7 +142,3 @@ def _mean(values: Float64[np.ndarray, " classes"]) -> float:
     """Mean of what exists."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else math.nan
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}" if math.isfinite(value) else "-"

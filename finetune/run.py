@@ -17,12 +17,14 @@ from data.stream import ExactStream
 from finetune.detection import detection_task
 from finetune.keeping import Keeper, history_of
 from finetune.one_shot_task import one_shot_task
+from finetune.one_shot_weights import resolve_one_shot_model
 from finetune.panoptic_task import panoptic_task
 from finetune.recipe import FinetuneRecipe
 from finetune.sets import open_train_set, open_validation_set
 from finetune.task import Task, TaskSets
 from finetune.transfer import resolve_model
 from models.artefact import ArtefactKind, PictureInput, Provenance, artefact_metadata
+from models.detector import DetectorSettings
 from models.structures import Classes, DetectionBatch
 from training.checkpoint import newest_checkpoint
 from training.early_stop import stopped_at
@@ -76,12 +78,18 @@ def checked_recipe(
         logger.warning("data.validation is not given: nothing is evaluated during the run")
     if not is_fresh:
         return recipe, digests
-    model = resolve_model(recipe.model, recipe.init, train.classes)
+    model = _resolved(recipe, train.classes)
     return recipe.model_copy(update={"model": model}), digests
 
 
+def _resolved(recipe: FinetuneRecipe, classes: Classes) -> DetectorSettings:
+    if recipe.task == "one_shot":
+        return resolve_one_shot_model(recipe.model, recipe.init)
+    return resolve_model(recipe.model, recipe.init, classes)
+
+
 def _run(recipe: FinetuneRecipe, host: Host, sets: TaskSets, task: Task[P]) -> Position:
-    world, train = host.world, sets.train
+    world, train = host.world, task.pictures or sets.train
     stream = ExactStream(
         StreamSource(
             index=train.index,
@@ -166,7 +174,8 @@ def _metadata(
         provenance = provenance.model_copy(update=judged)
     picture_input = PictureInput(short_side=sizes.short_side, max_size=sizes.max_size)
     masks = recipe.panoptic.head if kind == "panoptic" else None
-    return artefact_metadata(kind, recipe.model, classes, picture_input, provenance, masks)
+    named = None if kind == "one_shot" else classes
+    return artefact_metadata(kind, recipe.model, named, picture_input, provenance, masks)
 
 
 def _counters(stream: ExactStream[P]) -> dict[str, float]:

@@ -58,3 +58,5 @@ class Task(Generic[P]):
     """Predicts on this worker's share (on every worker) and returns the scoring that is left to
     do, on the first worker alone. None where there is nothing to evaluate on.
     """
+    pictures: DetectionSet | None = None
+    """What the stream reads where that is not the whole training set."""

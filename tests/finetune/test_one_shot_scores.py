@@ -4,12 +4,8 @@ import numpy as np
 import pytest
 
 from data.query_crops import ListedObjects, catalogue_of
-from finetune.one_shot_scores import (
-    OneShotScores,
-    one_shot_table,
-    plan_questions,
-    score_one_shot,
-)
+from finetune.one_shot_report import one_shot_table
+from finetune.one_shot_scores import OneShotScores, plan_questions, score_one_shot
 from finetune.scores import PictureDetections, PictureTruth
 from models.structures import Classes
 
