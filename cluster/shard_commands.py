@@ -32,6 +32,9 @@ def write_folder(
     """
     listed = list_source(source, kind, pictures, ignore)
     say(console, f"{source}: {len(listed.items)} pictures, read as {listed.kind}")
+    if listed.faults:
+        count, first = len(listed.faults), listed.faults[0]
+        say(console, f"{count} faults of annotations (`querypatch data check`), e.g. {first}")
     if not hold_out:
         _write(listed, destination, settings, console)
         return

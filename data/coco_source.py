@@ -18,6 +18,8 @@ from data.storage import Folder
 
 _Entry = dict[str, Any]
 
+_NUMBERS = frozenset((int, float))
+
 # An unescaped quote ends a JSON string, so these bytes are a key wherever they stand. Only lists of
 # numbers are matched; a crowd's run lengths are dropped while parsing.
 _POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[\[\]\d\s.,eE+-]*\]')
@@ -152,9 +154,9 @@ def _entry_problem(entry: _Entry, classes: Mapping[int, str]) -> tuple[FaultKind
     category, box = entry.get("category_id"), entry.get("bbox")
     if category not in classes:
         return "unknown class", f"category_id {category!r} is not in the list of categories"
-    if not isinstance(box, list) or len(box) != 4:
+    if type(box) is not list or len(box) != 4:
         return "unreadable annotation", f"bbox is {box!r}, not [x, y, width, height] in pixels"
-    if not all(type(side) in (int, float) for side in box):
+    if not _NUMBERS.issuperset(map(type, box)):
         return "not a number", f"bbox {box} holds what is not a number"
     return None
 
@@ -162,31 +164,29 @@ def _entry_problem(entry: _Entry, classes: Mapping[int, str]) -> tuple[FaultKind
 def _annotation(
     image: _Entry, entries: Sequence[_Entry], classes: Mapping[int, str]
 ) -> BoxAnnotation:
-    boxes = tuple(_corners(*map(float, entry["bbox"])) for entry in entries)
+    labels = tuple([entry["category_id"] for entry in entries])
     return BoxAnnotation(
         image_id=image["id"],
         width=int(image["width"]),
         height=int(image["height"]),
-        boxes_xyxy=boxes,
-        names=tuple(classes[entry["category_id"]] for entry in entries),
-        labels=tuple(entry["category_id"] for entry in entries),
-        areas=tuple(_area(entry) for entry in entries),
-        crowd=tuple(bool(entry.get("iscrowd", 0)) for entry in entries),
+        boxes_xyxy=tuple([_corners(*entry["bbox"]) for entry in entries]),
+        names=tuple([classes[label] for label in labels]),
+        labels=labels,
+        areas=tuple([_area(entry) for entry in entries]),
+        crowd=tuple([bool(entry.get("iscrowd", 0)) for entry in entries]),
         difficult=(False,) * len(entries),
     )
 
 
 def _corners(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
     # COCO's coordinates have at most 3 decimals; a sum such as 0.1 + 0.2 would carry 17.
-    return x, y, round(x + width, 3), round(y + height, 3)
+    return float(x), float(y), round(float(x + width), 3), round(float(y + height), 3)
 
 
 def _area(entry: _Entry) -> float:
-    """Of the mask; of the box where somebody's own json gives none, as pycocotools cannot."""
+    """Of the mask; of the box where somebody's own json gives none."""
     area = entry.get("area")
-    if area is None:
-        return float(entry["bbox"][2]) * float(entry["bbox"][3])
-    return float(area)
+    return float(entry["bbox"][2] * entry["bbox"][3] if area is None else area)
 
 
 def _told(entries: Sequence[_Entry], classes: Mapping[int, str]) -> Callable[[int], str]:
@@ -203,16 +203,19 @@ def _unused_classes(
 
     Other classes without boxes are well: COCO's own 80 are not all in every part of it.
     """
-    used = {entry["category_id"] for found in objects.values() for entry in found}
     for entry in categories:
         others = {other.get("supercategory") for other in categories if other is not entry}
-        if entry["id"] not in used and others == {entry["name"]}:
+        if others == {entry["name"]} and not _has_boxes(entry["id"], objects):
             problem = (
                 "has no boxes and is the supercategory of all others: an export's own entry, no "
                 "class; take it out of the categories, or the detector learns one class too many"
             )
             told = f"category {entry['id']} ({entry['name']})"
             yield AnnotationFault("warning", "unused class", json_name, told, problem)
+
+
+def _has_boxes(id: int, objects: Mapping[int | str, Sequence[_Entry]]) -> bool:
+    return any(entry["category_id"] == id for found in objects.values() for entry in found)
 
 
 def _coco_pictures(place: Folder, names: Sequence[str]) -> Folder:

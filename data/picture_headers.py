@@ -23,8 +23,8 @@ class PictureHeader:
     width: int
     """In pixels, as stored."""
     height: int
-    turned: bool
-    """EXIF asks viewers to turn it by a quarter; nothing here does, as in the public code."""
+    orientation: int = 1
+    """EXIF's, 1 to 8: how viewers turn and flip it. Nothing here does, as in the public code."""
 
 
 def read_header(folder: Folder, name: str) -> PictureHeader:
@@ -49,8 +49,8 @@ def parse_header(data: bytes) -> PictureHeader:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             # Of a PNG, Pillow would decode all to find it.
-            orientation = image.getexif().get(_ORIENTATION) if image.format == "JPEG" else None
-            turned = orientation in (5, 6, 7, 8)
-            return PictureHeader(image.width, image.height, turned)
+            told = image.getexif().get(_ORIENTATION) if image.format == "JPEG" else 1
+            orientation = told if isinstance(told, int) and told in range(1, 9) else 1
+            return PictureHeader(image.width, image.height, orientation)
     except PICTURE_DAMAGE as error:
         raise BrokenPicture(f"{type(error).__name__}: {' '.join(str(error).split())}") from error

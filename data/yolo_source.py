@@ -155,6 +155,8 @@ def _read(folder: Folder, classes: Mapping[int, str], path: str) -> CheckedAnnot
         return unusable("missing picture", name, "no such file")
     except BrokenPicture as error:
         return unusable("unreadable picture", name, str(error))
+    if header.orientation != 1:
+        return unusable("turned picture", name, _TURNED)
     label = label_path(path)
     try:
         text = folder.filesystem.cat_file(label).decode()
@@ -195,6 +197,11 @@ def _parsed(
 
 
 _Box = tuple[float, float, float, float]
+
+_TURNED = (
+    "EXIF asks to turn it, and boxes of YOLO are of the turned picture while it is read as it is "
+    "stored: turn the file itself (exiftran -ai, jpegtran) so that it needs no tag"
+)
 
 # Other tools write a few thousandths beyond the edge; more means that these are pixels.
 _MOST = 1.5

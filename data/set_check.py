@@ -1,0 +1,270 @@
+"""Is a labelled set whole? Every fault by file and object, and what was found, before a job starts.
+
+Annotations alone cost no more than opening the set. Headers are read many at a time: size of every
+picture against its annotation. Pixels are decoded only where that is asked for.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from data.annotation_faults import AnnotationFault, FaultKind, box_faults
+from data.annotations import BoxAnnotation, parse_annotation
+from data.detection_set import (
+    DetectionSet,
+    SetKind,
+    SetListing,
+    detect_set_kind,
+    list_detection_set,
+    open_detection_set,
+)
+from data.picture_files import FileItem
+from data.picture_headers import PictureHeader, parse_header, read_header
+from data.pictures import BrokenPicture, decode_picture
+from data.ranges import SampleRange, sample_ranges
+from data.reading import RangeReader, ReadingSettings
+from data.samples import Sample, picture_bytes
+from data.set_counts import SetCounts, SetTally
+from data.storage import Folder, StorageOptions
+from models.structures import Classes
+
+Depth = Literal["annotations", "headers", "pixels"]
+
+_THREADS = 32
+_SAMPLED = 64
+"""Samples of shards that are looked at where annotations alone are asked for."""
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """What a labelled set is, and what is wrong with it."""
+
+    url: str
+    kind: SetKind
+    depth: Depth
+    num_samples: int
+    """Pictures of the set, the unusable ones included."""
+    classes: Classes
+    counts: SetCounts
+    """Of the pictures that were looked at and can be used."""
+    faults: tuple[AnnotationFault, ...]
+
+    @property
+    def errors(self) -> tuple[AnnotationFault, ...]:
+        """Faults that must be repaired."""
+        return tuple(fault for fault in self.faults if fault.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[AnnotationFault, ...]:
+        """Faults that lose nothing that could be learned."""
+        return tuple(fault for fault in self.faults if fault.severity == "warning")
+
+
+def check_detection_set(
+    url: str,
+    *,
+    kind: SetKind | None = None,
+    pictures: str | None = None,
+    classes: Sequence[str] | None = None,
+    storage_options: StorageOptions | None = None,
+    depth: Depth = "headers",
+    progress: Callable[[int, int], None] | None = None,
+) -> SetReport:
+    """All faults of a labelled set; the arguments are those of `open_detection_set`.
+
+    Of shards, `annotations` looks at a sample of 64, and the other depths read them whole; whether
+    their files are those of the index is asked by `check_shards`. `progress` hears (pictures done,
+    of how many). Raises SourceError or ShardIndexError where there is no such set at all.
+    """
+    options = dict(storage_options or {})
+    chosen = kind or detect_set_kind(url, options)
+    if chosen == "shards":
+        data = open_detection_set(url, kind=chosen, classes=classes, storage_options=options)
+        return _check_shards(data, depth, progress)
+    listing = list_detection_set(url, chosen, pictures, classes, options)
+    tally = SetTally(listing.classes)
+    for item in listing.items:
+        if item.annotation:
+            tally.add(item.name, parse_annotation(item.annotation))
+    faults = list(listing.faults)
+    if depth != "annotations":
+        faults += _picture_faults(listing, depth, progress)
+    spoilt = {fault.file for fault in listing.faults if fault.severity == "error"}
+    count = len(listing.items) + len(spoilt)
+    return SetReport(url, chosen, depth, count, listing.classes, tally.counts(), tuple(faults))
+
+
+def class_faults(url: str, validation: Classes, training: Classes) -> tuple[AnnotationFault, ...]:
+    """A class that only the validation data at `url` have is an error: nothing ever finds it."""
+    problem = "is no class of the training data: rename it, or take it out"
+    return tuple(
+        AnnotationFault("error", "unknown class", url, f"class {name}", problem)
+        for name in validation.names
+        if name not in training.names
+    )
+
+
+def head_faults(url: str, classes: Classes, num_classes: int) -> tuple[AnnotationFault, ...]:
+    """Labels that a head of `num_classes` would take for "no object" (its last output), by name.
+
+    The public code learns label == num_classes as background without a word.
+    """
+    problem = (
+        f"a head of num_classes={num_classes} has no output for it, and would learn it as "
+        f"background: leave num_classes out, or say {len(classes.names)}"
+    )
+    return tuple(
+        AnnotationFault(
+            "error", "label is background", url, f"class {name} (label {label})", problem
+        )
+        for label, name in enumerate(classes.names)
+        if label >= num_classes
+    )
+
+
+def _picture_faults(
+    listing: SetListing, depth: Depth, progress: Callable[[int, int], None] | None
+) -> Iterator[AnnotationFault]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(partial(_file_faults, listing.folder, depth), listing.items)
+        for number, faults in enumerate(found, start=1):
+            yield from faults
+            if progress is not None:
+                progress(number, len(listing.items))
+
+
+def _file_faults(folder: Folder, depth: Depth, item: FileItem) -> tuple[AnnotationFault, ...]:
+    try:
+        if depth == "headers":
+            return _size_faults(item.name, read_header(folder, item.name), item.width, item.height)
+        return _data_faults(
+            item.name,
+            folder.filesystem.cat_file(folder.at(item.name)),
+            depth,
+            item.width,
+            item.height,
+        )
+    except FileNotFoundError:
+        return (_error("missing picture", item.name, "no such file"),)
+    except BrokenPicture as error:
+        return (_error("unreadable picture", item.name, str(error)),)
+
+
+def _data_faults(
+    name: str, data: bytes, depth: Depth, width: int, height: int
+) -> tuple[AnnotationFault, ...]:
+    if depth == "pixels":
+        decode_picture(data)
+    return _size_faults(name, parse_header(data), width, height)
+
+
+def _size_faults(
+    name: str, header: PictureHeader, width: int, height: int
+) -> tuple[AnnotationFault, ...]:
+    """`width` and `height` are those of the annotation."""
+    found = (header.width, header.height)
+    if found == (height, width) != (width, height) and header.orientation > 4:
+        problem = (
+            "its boxes are of the picture as EXIF turns it, and it is read as it is stored: turn "
+            "the file itself (exiftran -ai, jpegtran) so that it needs no tag"
+        )
+        return (_error("turned picture", name, problem),)
+    if found != (width, height):
+        problem = (
+            f"the picture is {found[0]} x {found[1]} pixels, its annotation says {width} x "
+            f"{height}: the boxes are of another picture or of another scale"
+        )
+        return (_error("other size", name, problem),)
+    if header.orientation in (2, 3, 4):
+        problem = "EXIF asks to flip it, and nothing does: its boxes are taken as of what is stored"
+        return (AnnotationFault("warning", "turned picture", name, None, problem),)
+    return ()
+
+
+def _check_shards(
+    data: DetectionSet, depth: Depth, progress: Callable[[int, int], None] | None
+) -> SetReport:
+    ids: Sequence[int] = range(data.index.num_samples)
+    if depth == "annotations":
+        ids = sorted({len(ids) * place // _SAMPLED for place in range(_SAMPLED)} if ids else ())
+    reading = ReadingSettings()
+    reader = RangeReader(data.index.url, data.storage_options, reading)
+    ranges = sample_ranges(data.index, ids, reading.max_range_mb)
+    tally, faults, done = SetTally(data.classes), list[AnnotationFault](), 0
+    known = frozenset(data.classes.names)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for samples in pool.map(partial(_checked_range, reader, known, depth), ranges):
+            for sample in samples:
+                faults += sample.faults
+                if sample.annotation is not None:
+                    tally.add(sample.name, sample.annotation)
+            done += len(samples)
+            if progress is not None:
+                progress(done, len(ids))
+    return SetReport(
+        data.url,
+        "shards",
+        depth,
+        data.index.num_samples,
+        data.classes,
+        tally.counts(),
+        tuple(faults),
+    )
+
+
+@dataclass(frozen=True)
+class _CheckedSample:
+    name: str
+    annotation: BoxAnnotation | None
+    faults: tuple[AnnotationFault, ...]
+
+
+def _checked_range(
+    reader: RangeReader, known: frozenset[str], depth: Depth, wanted: SampleRange
+) -> list[_CheckedSample]:
+    return [_checked_sample(sample, known, depth) for sample in reader.samples(wanted)]
+
+
+def _checked_sample(sample: Sample, known: frozenset[str], depth: Depth) -> _CheckedSample:
+    name, data = f"{sample.shard}/{sample.key}", picture_bytes(sample)
+    text = sample.parts.get("json")
+    if text is None:
+        problem = "the sample has no json part with its boxes: write the shards from a labelled set"
+        return _CheckedSample(name, None, (_error("missing annotation", name, problem),))
+    try:
+        annotation = parse_annotation(text)
+    except ValueError as error:
+        return _CheckedSample(name, None, (_error("unreadable annotation", name, str(error)),))
+    faults = _box_faults(name, annotation, known)
+    size = annotation.width, annotation.height
+    try:
+        if data is None:
+            faults += (_error("missing picture", name, "the sample holds no picture"),)
+        else:
+            faults += _data_faults(name, data, depth, *size)
+    except BrokenPicture as error:
+        faults += (_error("unreadable picture", name, str(error)),)
+    return _CheckedSample(name, annotation, faults)
+
+
+def _box_faults(
+    name: str, annotation: BoxAnnotation, known: frozenset[str]
+) -> tuple[AnnotationFault, ...]:
+    names = annotation.names
+    unknown = tuple(
+        AnnotationFault(
+            "error", "unknown class", name, f"box {place + 1}", f"class {named!r}: {_KNOW}"
+        )
+        for place, named in enumerate(names)
+        if named not in known
+    )
+    return unknown + box_faults(name, annotation, lambda place: f"box {place + 1} ({names[place]})")
+
+
+_KNOW = "it is none of the classes of the set (report.json, or classes=)"
+
+
+def _error(kind: FaultKind, file: str, problem: str) -> AnnotationFault:
+    return AnnotationFault("error", kind, file, None, problem)
