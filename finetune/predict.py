@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
 
+from data.normalise import normalised_images
 from data.pictures import BrokenPicture, resize, resized_size
 from finetune.artefacts import build_detector, open_weights
 from finetune.picture_sources import ImageInput, decoded, described
