@@ -53,7 +53,9 @@ def recipe_of(stage: StageName, name: str, overrides: Sequence[str] = ()) -> Rec
 
 
 def parsed_recipe(
-    values: Mapping[str, object] | str, overrides: Sequence[str] = (), stage: StageName | None = None
+    values: Mapping[str, object] | str,
+    overrides: Sequence[str] = (),
+    stage: StageName | None = None,
 ) -> Recipe:
     """The recipe of plain values or of YAML text; paths are made absolute.
 

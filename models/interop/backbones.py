@@ -9,7 +9,7 @@ import logging
 from typing import assert_never
 
 from models.backbone import Backbone, BackboneSettings
-from models.interop.checkpoint_files import read_tensors
+from models.interop.checkpoint_files import WeightsError, read_tensors
 from models.interop.placing import LoadReport, place_tensors
 
 RANDOM_WEIGHTS = "random"
@@ -29,6 +29,10 @@ def load_backbone(backbone: Backbone) -> LoadReport:
     warning.
     """
     settings = backbone.settings
+    if settings.weights is None:
+        raise WeightsError(
+            "backbone.weights is not said; give the path or URL of a checkpoint, or random"
+        )
     if settings.weights == RANDOM_WEIGHTS:
         _log.warning(
             "the %s %s backbone has random weights: its features mean nothing; "
