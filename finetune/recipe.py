@@ -1,15 +1,15 @@
-"""The recipe of a finetuning run: the detector, its weights, the labelled pictures, the schedule."""
+"""The recipe of a finetuning run: detector, weights, labelled pictures, schedule."""
 
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from data.subsets import SubsetSettings
 from pydantic import Field, model_validator
 
 from data.detection_set import SetKind
 from data.detection_transforms import AugmentSettings
 from data.loader import StreamSettings
 from data.order import OrderSettings
+from data.subsets import SubsetSettings
 from finetune.evaluation import EvaluationSettings
 from finetune.one_shot import OneShotSettings
 from finetune.panoptic import PanopticSettings

@@ -20,7 +20,7 @@ from finetune.one_shot_task import one_shot_task
 from finetune.one_shot_weights import resolve_one_shot_model
 from finetune.panoptic_task import panoptic_task
 from finetune.recipe import FinetuneRecipe
-from finetune.sets import open_train_set, open_validation_set
+from finetune.sets import open_sets
 from finetune.task import Task, TaskSets
 from finetune.transfer import resolve_model
 from models.artefact import ArtefactKind, PictureInput, Provenance, artefact_metadata
@@ -45,7 +45,7 @@ def finetune(recipe: FinetuneRecipe, host: Host) -> Position:
     over = _stopped_early(recipe, host)
     if over is not None:
         return over
-    sets = TaskSets(open_train_set(recipe.data), open_validation_set(recipe.data))
+    sets = open_sets(recipe.data)
     is_fresh = newest_checkpoint(host.folder) is None
     match recipe.task:
         case "detect":
@@ -67,8 +67,8 @@ def checked_recipe(
 
     Raises SourceError, WeightsError or ValueError, in one line, for what would not work.
     """
-    train = open_train_set(recipe.data)
-    validation = open_validation_set(recipe.data)
+    sets = open_sets(recipe.data)
+    train, validation = sets.train, sets.validation
     digests = {"data.train": index_digest(train.index)}
     batches_per_epoch(train.index, recipe.global_batch, recipe.data.order)
     if validation is not None:

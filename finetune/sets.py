@@ -1,28 +1,42 @@
-"""The labelled pictures of a run: opened, held to each other, and cut down to a subset if asked."""
-
-import logging
-
-from data.subsets import choose_subset
+"""The labelled pictures of a run: opened, and cut down to a subset if the recipe asks for one."""
 
 from data.detection_set import DetectionSet, open_detection_set
-from finetune.recipe import DetectionData
+from data.subsets import choose_subset, subset_ids, write_manifest
+from finetune.recipe import DetectionData, FinetuneRecipe
+from finetune.task import TaskSets
 
-logger = logging.getLogger(__name__)
+SUBSET = "subset.json"
+"""Manifest of the pictures that a run learns from, in its folder."""
 
 
-def open_train_set(data: DetectionData) -> DetectionSet:
-    """What is learned from, the subset alone where one is asked for.
+def open_sets(data: DetectionData) -> TaskSets:
+    """What is learned from, the subset alone where one is asked for, and what is evaluated on.
 
-    Raises SourceError, ValueError: the set or the subset is not what it is said to be.
+    Raises SourceError, ValueError: a set or the subset is not what it is said to be.
     """
-    whole = open_detection_set(
+    train = _whole_train_set(data)
+    if data.subset is not None:
+        train = choose_subset(train, data.subset, data.stream.reading)
+    return TaskSets(train, _validation_set(data))
+
+
+def store_subset(recipe: FinetuneRecipe) -> None:
+    """Leaves in the run's folder which pictures it learns from, where they are a subset."""
+    data = recipe.data
+    if data.subset is None:
+        return
+    whole = _whole_train_set(data)
+    ids = subset_ids(whole, data.subset, data.stream.reading)
+    write_manifest(f"{recipe.run}/{SUBSET}", whole, ids, data.subset)
+
+
+def _whole_train_set(data: DetectionData) -> DetectionSet:
+    return open_detection_set(
         data.train, kind=data.kind, pictures=data.train_pictures, classes=data.classes
     )
-    return whole if data.subset is None else choose_subset(whole, data.subset)
 
 
-def open_validation_set(data: DetectionData) -> DetectionSet | None:
-    """What is evaluated on; None where there is nothing."""
+def _validation_set(data: DetectionData) -> DetectionSet | None:
     if data.validation is None:
         return None
     return open_detection_set(
