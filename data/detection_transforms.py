@@ -2,9 +2,8 @@
 
 Mirrored in half of the cases; then in half of the cases resized to a random scale, and otherwise
 resized, cut and resized again. Boxes follow in the reference's own float32 steps, masks of panoptic
-segments in its nearest-neighbour ones. Costs 1.0 to
-1.9 ms CPU for a COCO picture on a shared core, the same steps by Pillow 5 times as much (measured);
-decoding is apart.
+segments in its nearest-neighbour ones. Costs 1.0 to 1.9 ms CPU for a COCO picture on a shared core,
+the same steps by Pillow 5 times as much (measured); decoding is apart.
 """
 
 from dataclasses import dataclass, replace
