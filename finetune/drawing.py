@@ -128,13 +128,13 @@ def _draw_captions(
     size: tuple[int, int],
 ) -> None:
     """Each at the first place by its box that is free, in their order; last resort: its corner."""
-    font = _font(max(12, round(max(size) / 45)))
+    font = caption_font(max(12, round(max(size) / 45)))
     taken: list[Box] = []
     for frame, colour, caption in zip(frames, colours, captions, strict=True):
         place = _caption_place(draw, frame, caption, font, size, taken)
         taken.append(place)
         draw.rectangle(place, fill=colour)
-        draw.text((place[0] + 3, place[1] + 1), caption, fill=_readable_on(colour), font=font)
+        draw.text((place[0] + 3, place[1] + 1), caption, fill=readable_on(colour), font=font)
 
 
 def _caption_place(
@@ -159,7 +159,7 @@ def _caption_place(
         *((left, top + height * row) for row in range(1, 6)),
     ]
     places = [_inside(x, y, width, height, size) for x, y in corners]
-    free = (place for place in places if not any(_overlap(place, other) for other in taken))
+    free = (place for place in places if not any(are_overlapping(place, other) for other in taken))
     return next(free, places[0])
 
 
@@ -169,12 +169,13 @@ def _inside(x: int, y: int, width: int, height: int, size: tuple[int, int]) -> B
     return x, y, x + width, y + height
 
 
-def _overlap(first: Box, second: Box) -> bool:
+def are_overlapping(first: Box, second: Box) -> bool:
+    """Whether two boxes have area in common."""
     across = first[0] < second[2] and second[0] < first[2]
     return across and first[1] < second[3] and second[1] < first[3]
 
 
-def _readable_on(colour: Colour) -> Colour:
+def readable_on(colour: Colour) -> Colour:
     """Black or white, by the brightness that the eye sees (Rec. 601)."""
     red, green, blue = colour
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 125 else (255, 255, 255)
@@ -191,7 +192,7 @@ def _edges(segments: Int16[np.ndarray, "height width"]) -> np.ndarray:
 def _titled(tile: Tile, width: int) -> Image.Image:
     height = max(1, round(tile.picture.height * width / tile.picture.width))
     sheet = Image.new("RGB", (width, TITLE_HEIGHT + height), BACKGROUND)
-    font = _font(13)
+    font = caption_font(13)
     title = tile.title
     while title and font.getlength(title) > width:
         title = title[:-1]
@@ -202,7 +203,8 @@ def _titled(tile: Tile, width: int) -> Image.Image:
 
 
 @lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def caption_font(size: int) -> ImageFont.FreeTypeFont:
+    """The letters of captions, `size` pixels high."""
     font = ImageFont.load_default(size=size)
     assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
     return font
