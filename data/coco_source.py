@@ -178,7 +178,9 @@ def _annotation(
     )
 
 
-def _corners(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
+def _corners(
+    x: float | int, y: float | int, width: float | int, height: float | int
+) -> tuple[float, float, float, float]:
     # COCO's coordinates have at most 3 decimals; a sum such as 0.1 + 0.2 would carry 17.
     return float(x), float(y), round(float(x + width), 3), round(float(y + height), 3)
 
