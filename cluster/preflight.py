@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import assert_never
 
 import fsspec
-from finetune.run import checked_recipe
 
 from cluster.stages import Recipe, free_keys, parsed_recipe
 from data.index import index_digest, read_index
 from data.order import batches_per_epoch
 from finetune.recipe import FinetuneRecipe
+from finetune.run import checked_recipe
 from models.interop.backbones import RANDOM_WEIGHTS
 from pretrain.recipe import PretrainRecipe
 from training.checkpoint import newest_checkpoint

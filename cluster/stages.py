@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, assert_never, get_args
 
-from finetune.run import finetune as run_finetuning
-
 import finetune.recipe
 import pretrain.recipe
 from finetune.recipe import FinetuneRecipe
+from finetune.run import finetune as run_finetuning
 from pretrain.recipe import PretrainRecipe
 from pretrain.run import pretrain as run_pretraining
 from training.recipe import RecipeError, load_recipe, parse_recipe

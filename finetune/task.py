@@ -1,4 +1,4 @@
-"""What a finetuning task gives to the run: the one interface of detection, one-shot and panoptic."""
+"""What a finetuning task gives to the run: one interface of detection, one-shot and panoptic."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
