@@ -1,18 +1,79 @@
-"""`querypatch evaluate WEIGHTS DATA`: a detector from any file, judged on any labelled set."""
+"""`querypatch evaluate WEIGHTS DATA`: weights of any kind, judged on any labelled set.
+
+A detector by its boxes, one with a mask head by its segments where the data have some, a one-shot
+detector by the classes that it is asked for. All in float32, as papers do; a run in bfloat16 may
+have told slightly other numbers.
+"""
 
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 
-from data.detection_set import DetectionSet, SetKind, open_detection_set
+from data.detection_set import DetectionSet, open_detection_set
 from data.evaluation_batches import EvaluationSizes
 from finetune.artefacts import build_detector, open_weights
 from finetune.evaluation import Evaluation, EvaluationSettings, Progress, evaluate_detector
+from finetune.evaluation_report import evaluation_json, evaluation_text
+from finetune.one_shot import OneShotSettings
+from finetune.one_shot_evaluation import evaluate_one_shot, one_shot_test
+from finetune.one_shot_report import OneShotEvaluation, one_shot_json, one_shot_text
+from finetune.one_shot_weights import finished_one_shot
+from finetune.panoptic_evaluation import PanopticEvaluation, evaluate_panoptic
+from finetune.panoptic_postprocess import SegmentSettings
+from finetune.panoptic_weights import build_panoptic
 from models.artefact import Artefact
 from models.structures import Classes
+from training.recipe import load_recipe
 from training.world import World
 
 logger = logging.getLogger(__name__)
+
+
+class JudgeSettings(EvaluationSettings):
+    """How weights are judged, with what only some kinds of weights ask for."""
+
+    one_shot: OneShotSettings = OneShotSettings()
+    """Of a one-shot detector: which classes are unseen, how many crops are asked with."""
+    segments: SegmentSettings = SegmentSettings()
+    """Of a detector with a mask head."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An evaluation, told."""
+
+    text: str
+    """Tables for a terminal."""
+    content: Mapping[str, object]
+    """Everything, as values of JSON."""
+
+
+def judge_weights(
+    source: str,
+    data_url: str,
+    overrides: Sequence[str],
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Judged:
+    """The evaluation of the weights in a file, folder or run on the labelled set at `data_url`.
+
+    `overrides` are `key=value` of `JudgeSettings`. Pictures have the size that the weights were
+    made for, where `sizes` is not among them.
+
+    Raises:
+        RecipeError: an override that is none.
+        WeightsError: there are no weights, or they find nothing by themselves.
+        SourceError: the data are not what they are said to be.
+        ValueError: no class in common, or classes that cannot be told.
+    """
+    settings = load_recipe(JudgeSettings, {}, overrides)
+    artefact = open_weights(source)
+    data = open_detection_set(data_url)
+    fitting = settings.model_copy(update={"sizes": _sizes(artefact, settings)})
+    return _told(_judged(artefact, data, fitting, device, progress))
 
 
 def evaluate_weights(
@@ -21,35 +82,66 @@ def evaluate_weights(
     settings: EvaluationSettings,
     device: torch.device,
     progress: Progress | None = None,
-    *,
-    kind: SetKind | None = None,
-    pictures: str | None = None,
 ) -> Evaluation:
-    """The numbers of the detector in a file, folder or run on the labelled pictures at `data_url`.
-
-    `kind` and `pictures` say what the data are and where their pictures lie, as for
-    `open_detection_set`. Pictures have the size that the weights were made for, where `settings`
-    does not set `sizes`. Computes in float32, as papers do; a run in bfloat16 may have told a
-    slightly other number.
-
-    Raises:
-        WeightsError: there are no weights, or they are no detector's.
-        SourceError: the data are not what they are said to be.
-        ValueError: no class in common, or classes that cannot be told.
-    """
+    """The numbers of a detector's boxes alone; sizes and errors as for `judge_weights`."""
     artefact = open_weights(source)
-    detector = build_detector(artefact).to(device)
-    data = open_detection_set(data_url, kind=kind, pictures=pictures)
+    data = open_detection_set(data_url)
     fitting = settings.model_copy(update={"sizes": _sizes(artefact, settings)})
-    score = evaluate_detector(
-        detector,
-        data,
-        _classes(artefact, data),
-        fitting,
-        World.alone(device),
-        progress=progress,
-    )
-    return score()
+    return _boxes(artefact, data, fitting, device, progress)
+
+
+def _judged(
+    artefact: Artefact,
+    data: DetectionSet,
+    settings: JudgeSettings,
+    device: torch.device,
+    progress: Progress | None,
+) -> Evaluation | PanopticEvaluation | OneShotEvaluation:
+    world = World.alone(device)
+    match artefact.kind:
+        case "panoptic" if data.kind == "coco_panoptic":
+            return evaluate_panoptic(
+                build_panoptic(artefact).to(device),
+                data,
+                _classes(artefact, data),
+                settings,
+                settings.segments,
+                world,
+                progress=progress,
+            )()
+        case "one_shot":
+            test = one_shot_test(data, settings.one_shot, settings)
+            model = finished_one_shot(artefact).to(device)
+            return evaluate_one_shot(model, test, world, progress=progress)()
+        case "detector" | "panoptic" | "patch_detector":
+            return _boxes(artefact, data, settings, device, progress)
+        case _:
+            assert_never(artefact.kind)
+
+
+def _boxes(
+    artefact: Artefact,
+    data: DetectionSet,
+    settings: EvaluationSettings,
+    device: torch.device,
+    progress: Progress | None,
+) -> Evaluation:
+    detector = build_detector(artefact).to(device)
+    classes = _classes(artefact, data)
+    world = World.alone(device)
+    return evaluate_detector(detector, data, classes, settings, world, progress=progress)()
+
+
+def _told(evaluation: Evaluation | PanopticEvaluation | OneShotEvaluation) -> Judged:
+    match evaluation:
+        case Evaluation():
+            return Judged(evaluation_text(evaluation), evaluation_json(evaluation))
+        case PanopticEvaluation():
+            return Judged(evaluation.text(), evaluation.content())
+        case OneShotEvaluation():
+            return Judged(one_shot_text(evaluation), one_shot_json(evaluation))
+        case _:
+            assert_never(evaluation)
 
 
 def _sizes(artefact: Artefact, settings: EvaluationSettings) -> EvaluationSizes:

@@ -150,7 +150,9 @@ def _sums(
     of: Int64[np.ndarray, " segments"],
     values: Float64[np.ndarray, " segments"],
 ) -> Float64[np.ndarray, " present"]:
-    return np.bincount(np.searchsorted(labels, of), values, minlength=len(labels))
+    sums = np.bincount(np.searchsorted(labels, of), values, minlength=len(labels))
+    # Of nothing at all numpy counts in whole numbers, whatever the weights.
+    return sums.astype(np.float64)
 
 
 def _qualities(pictures: Sequence[PictureQuality], num_classes: int) -> list[Quality | None]:

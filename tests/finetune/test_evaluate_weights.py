@@ -7,14 +7,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 from data.detection_set import open_detection_set
 from data.evaluation_batches import EvaluationSizes
-from finetune.evaluate_weights import evaluate_weights
+from finetune.evaluate_weights import evaluate_weights, judge_weights
 from finetune.evaluation import EvaluationSettings, evaluate_detector
 from finetune.evaluation_report import evaluation_json
-from models.artefact import Provenance, artefact_metadata
+from models.artefact import ArtefactKind, Provenance, artefact_metadata
+from models.detector import Detector, DetectorSettings
 from models.interop.checkpoint_files import WeightsError
+from models.mask_head import MaskHeadSettings, PanopticDetector
+from models.one_shot import one_shot_detector, one_shot_settings
 from tests.finetune.small_detector import (
     CLASSES,
     INPUT,
@@ -22,10 +26,12 @@ from tests.finetune.small_detector import (
     small_detector,
     write_weights,
 )
+from training.recipe import RecipeError
 from training.world import World
 
 CPU = torch.device("cpu")
 NAMES = ("dog", "person")
+VOC = EvaluationSettings(processes=0, protocols=("voc07",))
 SMALL = EvaluationSizes(short_side=INPUT.short_side, max_size=INPUT.max_size)
 
 
@@ -68,12 +74,61 @@ def test_classes_without_names_are_the_data_s_only_where_they_are_equally_many(
         evaluate_weights(str(weights), coco_set(tmp_path, NAMES), settings, CPU)
 
 
-def test_weights_that_are_no_detector_s_are_refused(tmp_path: Path) -> None:
-    weights = tmp_path / "model.safetensors"
-    metadata = artefact_metadata("one_shot", SETTINGS, None, INPUT, Provenance())
-    save_file(small_detector().state_dict(), weights, metadata=metadata)
+def test_boxes_are_asked_of_detectors_alone(tmp_path: Path) -> None:
+    weights = write_as("one_shot", small_detector(), tmp_path)
     with pytest.raises(WeightsError, match="one_shot"):
-        evaluate_weights(str(weights), coco_set(tmp_path, NAMES), EvaluationSettings(), CPU)
+        evaluate_weights(weights, coco_set(tmp_path, NAMES), EvaluationSettings(), CPU)
+
+
+def test_the_command_s_keys_are_those_of_the_evaluation(tmp_path: Path) -> None:
+    write_weights(tmp_path / "model.safetensors")
+    url, weights = coco_set(tmp_path, NAMES), str(tmp_path / "model.safetensors")
+    judged = judge_weights(weights, url, ["protocols=[voc07]", "processes=0"], CPU)
+    own = evaluate_weights(weights, url, VOC, CPU)
+    assert judged.content == evaluation_json(own)
+    assert "voc07_ap50" in judged.text
+    with pytest.raises(RecipeError, match="protocol"):
+        judge_weights(weights, url, ["protocol=[voc07]"], CPU)
+
+
+def test_pretraining_s_weights_know_no_classes(tmp_path: Path) -> None:
+    weights = write_as("patch_detector", small_detector(), tmp_path)
+    with pytest.raises(WeightsError, match="knows no classes"):
+        judge_weights(weights, coco_set(tmp_path, NAMES), [], CPU)
+
+
+def test_a_one_shot_detector_is_judged_on_seen_and_unseen_classes(tmp_path: Path) -> None:
+    settings = one_shot_settings(SETTINGS.model_copy(update={"num_classes": None}))
+    model = one_shot_detector(settings, torch.Generator().manual_seed(0))
+    weights = write_as("one_shot", model, tmp_path, settings)
+    keys = ["processes=0", "one_shot.unseen=[dog]", "one_shot.references=1", "protocols=[voc07]"]
+    judged = judge_weights(weights, coco_set(tmp_path, NAMES), keys, CPU)
+    assert judged.content["pictures"] == 5
+    assert "unseen" in judged.text
+
+
+def test_a_mask_head_is_judged_by_segments_where_the_data_have_them(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    """And by boxes where they have none."""
+    wide = SETTINGS.model_copy(update={"hidden_dim": 128, "num_heads": 8})
+    generator = torch.Generator().manual_seed(0)
+    model = PanopticDetector(Detector(wide, generator), MaskHeadSettings(), generator)
+    weights = write_as("panoptic", model, tmp_path, wide)
+    url = str(shared_data / "coco/annotations/panoptic_val2017.json")
+    keys = ["processes=0", "max_pictures=2", "segments.threshold=0.1"]
+    assert "pq" in judge_weights(weights, url, keys, CPU).content["numbers"]  # type: ignore[operator]
+    boxes = judge_weights(weights, coco_set(tmp_path, NAMES), keys[:1], CPU)
+    assert "ap50" in boxes.content["numbers"]  # type: ignore[operator]
+
+
+def write_as(
+    kind: ArtefactKind, model: nn.Module, folder: Path, settings: DetectorSettings = SETTINGS
+) -> str:
+    classes = None if kind in ("one_shot", "patch_detector") else CLASSES
+    metadata = artefact_metadata(kind, settings, classes, INPUT, Provenance())
+    save_file(model.state_dict(), folder / f"{kind}.safetensors", metadata=metadata)
+    return str(folder / f"{kind}.safetensors")
 
 
 def coco_set(folder: Path, names: tuple[str, ...]) -> str:
