@@ -54,6 +54,7 @@ LabelledSet = Annotated[
 Device = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU where there is one.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 # Written out here, since importing their modules takes seconds; a test holds them to the originals.
 StageName = Literal["pretrain", "finetune"]
 SetKind = Literal["shards", "coco", "coco_panoptic", "voc", "yolo"]
@@ -138,33 +139,41 @@ def predict(
         list[str], typer.Argument(help="Files, globs, folders, URLs; - reads a list from stdin.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for drawings and json.")],
-    threshold: Annotated[float, typer.Option(help="Least score of a box, 0 to 1.")] = 0.5,
+    threshold: Annotated[float, typer.Option(help="Least score of what is found, 0 to 1.")] = 0.5,
     batch_size: Annotated[int, typer.Option(help="Pictures at once.")] = 8,
     query: Annotated[
-        str | None, typer.Option(help="One-shot weights: a crop of what to look for.")
+        list[str] | None,
+        typer.Option(help="One-shot weights: a crop of what to look for; may be repeated."),
     ] = None,
     device: Device = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Find objects in pictures: drawn pictures and COCO results; 1 if a picture was left out."""
     with _one_line_errors():
         from cluster.weight_commands import predict_files
 
-        if predict_files(weights, pictures, out, threshold, batch_size, query, device, _console()):
+        if predict_files(
+            weights, pictures, out, threshold, batch_size, query or [], device, overwrite,
+            _console(),
+        ):  # fmt: skip
             raise typer.Exit(1)
 
 
 @app.command()
 def export(
     source: Weights,
-    destination: Url,
+    destination: Annotated[str, typer.Argument(help="Folder, .pth or .onnx; path or URL.")],
     format: Annotated[ExportFormat, typer.Option(help="Whose names and files.")] = "querypatch",
-    overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+    pictures: Annotated[
+        list[str] | None, typer.Option(help="Pictures to check an ONNX file on; may be repeated.")
+    ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write weights for use elsewhere: ours, the public DETR code's, transformers', or ONNX."""
     with _one_line_errors():
         from cluster.weight_commands import export_weights
 
-        export_weights(source, destination, format, overwrite, _console())
+        export_weights(source, destination, format, pictures or [], overwrite, _console())
 
 
 @weights_app.command("show")
@@ -295,8 +304,10 @@ def show_data(
     with _one_line_errors():
         from finetune.show_data import draw_data
 
-        draw_data(data, out, count, overrides=overrides or [])
-        typer.echo(f"wrote {out}")
+        drawn = draw_data(data, out, count, overrides=overrides or [])
+        for picture in drawn.skipped:
+            typer.secho(f"skipped {picture}", err=True)
+        typer.echo(f"wrote {out}: {drawn.num_pictures} pictures, {drawn.num_boxes} boxes")
 
 
 def load_detector(source: str, device: Literal["auto", "cpu", "cuda"] = "auto") -> "LoadedDetector":
