@@ -17,7 +17,7 @@ from data.evaluation_batches import EvaluationSizes
 from finetune.artefacts import build_detector, open_weights
 from finetune.evaluation import Evaluation, EvaluationSettings, Progress, evaluate_detector
 from finetune.evaluation_report import evaluation_json, evaluation_text
-from finetune.one_shot import OneShotSettings
+from finetune.one_shot import OneShotSettings, shown_as_trained
 from finetune.one_shot_evaluation import evaluate_one_shot, one_shot_test
 from finetune.one_shot_report import OneShotEvaluation, one_shot_json, one_shot_text
 from finetune.one_shot_weights import finished_one_shot
@@ -110,7 +110,8 @@ def _judged(
                 progress=progress,
             )()
         case "one_shot":
-            test = one_shot_test(data, settings.one_shot, settings)
+            one_shot = shown_as_trained(settings.one_shot, artefact.input)
+            test = one_shot_test(data, one_shot, settings)
             model = finished_one_shot(artefact).to(device)
             return evaluate_one_shot(model, test, world, progress=progress)()
         case "detector" | "panoptic" | "patch_detector":

@@ -5,6 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from data.query_crops import CropSettings
+from models.artefact import PictureInput
 from models.settings import Settings
 
 VOC_UNSEEN = ("aeroplane", "cat", "cow", "sheep")
@@ -26,3 +27,11 @@ class OneShotSettings(Settings):
         if len(set(self.unseen)) < len(self.unseen):
             raise ValueError(f"unseen={list(self.unseen)} names a class twice; name it once")
         return self
+
+
+def shown_as_trained(settings: OneShotSettings, size: PictureInput) -> OneShotSettings:
+    """The settings with query crops of the size that weights were made for, unless they say one."""
+    crops = settings.crops
+    if size.query_side is None or "side" in crops.model_fields_set:
+        return settings
+    return settings.model_copy(update={"crops": crops.model_copy(update={"side": size.query_side})})

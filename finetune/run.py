@@ -172,7 +172,11 @@ def _metadata(
             "metrics": dict(evaluated.metrics),
         }
         provenance = provenance.model_copy(update=judged)
-    picture_input = PictureInput(short_side=sizes.short_side, max_size=sizes.max_size)
+    picture_input = PictureInput(
+        short_side=sizes.short_side,
+        max_size=sizes.max_size,
+        query_side=recipe.one_shot.crops.side if kind == "one_shot" else None,
+    )
     masks = recipe.panoptic.head if kind == "panoptic" else None
     named = None if kind == "one_shot" else classes
     return artefact_metadata(kind, recipe.model, named, picture_input, provenance, masks)

@@ -36,6 +36,8 @@ class PictureInput(Settings):
     """Shorter side in pixels, unless the longer one would exceed max_size."""
     max_size: int = Field(default=1333, ge=1)
     """Longest side in pixels."""
+    query_side: int | None = Field(default=None, ge=8)
+    """Side in pixels of the square that a query crop is squashed to, where it was told."""
 
 
 class Provenance(Settings):
