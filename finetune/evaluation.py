@@ -78,6 +78,8 @@ class Evaluation:
     """
     left_out: Mapping[str, int]
     """Detections of each class of the detector that the data do not have; they do not count."""
+    not_finite: int
+    """Detections whose score or box is not a number; they do not count."""
     difficult: Difficult
     coco: CocoScores | None
     """None where it was not asked for."""
@@ -154,6 +156,7 @@ def score_shares(
         skipped=tuple(sorted(name for share in shares for name in share.skipped)),
         missing=class_map.missing,
         left_out=_summed([share.left_out for share in shares]),
+        not_finite=sum(share.not_finite for share in shares),
         difficult=settings.difficult,
         coco=_coco(truths, detections, data.classes, settings),
         voc=tuple(

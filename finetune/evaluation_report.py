@@ -49,6 +49,7 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, object]:
         "skipped": list(evaluation.skipped),
         "missing_classes": list(evaluation.missing),
         "left_out_detections": dict(evaluation.left_out),
+        "not_finite_detections": evaluation.not_finite,
     }
     return {key: _without_nan(value) for key, value in content.items()}
 
@@ -112,6 +113,11 @@ def _remarks(evaluation: Evaluation) -> list[str]:
     if evaluation.left_out:
         named = ", ".join(f"{name} {count}" for name, count in evaluation.left_out.items())
         remarks.append(f"detections of classes that the data do not have, left out: {named}")
+    if evaluation.not_finite:
+        remarks.append(
+            f"{evaluation.not_finite} detections are not numbers and are left out: the weights are "
+            "damaged, or training has diverged"
+        )
     return remarks
 
 

@@ -39,6 +39,8 @@ class Share:
     """Pictures that could not be read, and why."""
     left_out: Mapping[str, int]
     """Detections of each class of the model that the data do not have."""
+    not_finite: int = 0
+    """Detections whose score or box is not a number; they do not count."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def predict_share(
     pictures: list[JudgedPicture] = []
     skipped: list[str] = []
     left_out: Counter[str] = Counter()
+    not_finite = 0
     for batch in batches:
         skipped += map(str, batch.skipped)
         if not batch.keys:
@@ -98,12 +101,14 @@ def predict_share(
         found = picture_detections(_last_layer(model, batch.images, precision), batch.stored_sizes)
         truths = [truth_of(annotation, classes) for annotation in batch.annotations]
         for sample_id, truth, each in zip(batch.sample_ids.tolist(), truths, found, strict=True):
-            known = class_map.labels[each.labels] >= 0
-            left_out.update(model_classes.names[label] for label in each.labels[~known])
+            finite = np.isfinite(each.scores) & np.isfinite(each.boxes_xyxy).all(axis=1)
+            known = finite & (class_map.labels[each.labels] >= 0)
+            not_finite += int((~finite).sum())
+            left_out.update(model_classes.names[label] for label in each.labels[finite & ~known])
             surest = _surest(_chosen(each, np.flatnonzero(known)), max_detections)
             renamed = replace(surest, labels=class_map.labels[surest.labels])
             pictures.append(JudgedPicture(sample_id, truth, renamed))
-    return Share(tuple(pictures), tuple(skipped), dict(left_out))
+    return Share(tuple(pictures), tuple(skipped), dict(left_out), not_finite)
 
 
 def picture_detections(

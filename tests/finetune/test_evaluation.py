@@ -114,6 +114,21 @@ def test_detections_of_a_class_that_the_data_lack_are_left_out_and_counted(tmp_p
     assert "does not know green" in evaluation_text(evaluation)
 
 
+def test_detections_that_are_no_numbers_are_left_out_and_counted(tmp_path: Path) -> None:
+    """Of one query in every picture, a diverged one; the other query counts as ever."""
+
+    class Diverged(RectangleFinder):
+        def _answer(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            boxes, logits = super()._answer(pixels)
+            logits[1] = torch.nan
+            return boxes, logits
+
+    evaluation = judged(tmp_path, RECTANGLES, finder=Diverged())
+    assert evaluation.not_finite == 7
+    assert evaluation.metrics()["ap50"] == pytest.approx(1.0)
+    assert "7 detections are not numbers" in evaluation_text(evaluation)
+
+
 def test_no_class_in_common_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"no class of the detector \(cow\) is one of the data"):
         map_classes(Classes(("cow",), (1,)), COLOURS)
