@@ -102,18 +102,24 @@ def _require_packages() -> None:
 def _trace(traced: _Traced, metadata: Mapping[str, str], path: Path) -> None:
     images = _drawn(_DRAWN_SIDES[:2])
     axes = {0: "batch", 2: "height", 3: "width"}
-    # The exporter warns of its own workings and writes its progress to stdout.
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            traced,
-            (images.pixels, images.padding),
-            input_names=["pixels", "padding"],
-            output_names=["logits", "boxes"],
-            dynamic_shapes={"pixels": axes, "padding": {0: "batch", 1: "height", 2: "width"}},
-            dynamo=True,
-            verbose=False,
-        )
+    try:
+        # The exporter warns of its own workings and writes its progress to stdout.
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                traced,
+                (images.pixels, images.padding),
+                input_names=["pixels", "padding"],
+                output_names=["logits", "boxes"],
+                dynamic_shapes={"pixels": axes, "padding": {0: "batch", 1: "height", 2: "width"}},
+                dynamo=True,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise WeightsError(
+            f"torch {torch.__version__} cannot trace the detector for ONNX "
+            f"({str(error).partition(chr(10))[0]}); try another version, or another format"
+        ) from error
     assert program is not None
     program.model.metadata_props.update(metadata)
     program.save(path, external_data=False)
