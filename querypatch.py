@@ -310,6 +310,23 @@ def show_data(
         typer.echo(f"wrote {out}: {drawn.num_pictures} pictures, {drawn.num_boxes} boxes")
 
 
+@show_app.command("curves")
+def show_curves(
+    runs: Annotated[list[str], typer.Argument(help="Runs to draw side by side.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")] = Path("curves.png"),
+    number: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the record, e.g. eval/ap50; may be repeated. Default: loss, AP."),
+    ] = None,
+) -> None:
+    """Draw learning curves, one line per run."""
+    with _one_line_errors():
+        from training.curves import draw_runs
+
+        draw_runs(runs, number or ["loss", "eval/ap", "eval/ap50"], out)
+        typer.echo(f"wrote {out}")
+
+
 def load_detector(source: str, device: Literal["auto", "cpu", "cuda"] = "auto") -> "LoadedDetector":
     """A detector that is ready to predict, from a file, an export, a run, or others' weights.
 

@@ -1,15 +1,12 @@
-"""Pictures for people: query patches with what the model finds, and the curves of a run."""
+"""Pictures for people: query patches with what the model finds."""
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN = 12
@@ -45,23 +42,6 @@ def draw_grid(tiles: Sequence[Tile], columns: int = 3, width: int = 420) -> Imag
     for drawn, left, top in places:
         sheet.paste(drawn, (left, top))
     return sheet
-
-
-def draw_curves(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, columns: int = 3
-) -> None:
-    """One small plot per curve (name -> steps, values), written to `path` as a PNG."""
-    rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.9 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    for place, (name, (steps, values)) in enumerate(curves.items(), start=1):
-        axes = figure.add_subplot(rows, columns, place)
-        axes.plot(steps, values, marker="o" if len(steps) < 30 else "", linewidth=1.5)
-        axes.set_title(name, fontsize=10)
-        axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
 
 
 def _draw_tile(tile: Tile, width: int) -> Image.Image:

@@ -32,7 +32,7 @@ def pretrain(recipe: PretrainRecipe, host: Host) -> Position:
     Called on every worker. Raises what `read_index`, `initial_model` and `train_stage` raise.
     """
     world = host.world
-    # Where there is a checkpoint, the weights the run began with may be gone, and nobody needs them.
+    # With a checkpoint, the weights that the run began with may be gone: nobody needs them.
     is_fresh = newest_checkpoint(host.folder) is None
     model = initial_model(recipe) if is_fresh else blank_model(recipe)
     stream = ExactStream(

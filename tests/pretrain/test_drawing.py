@@ -1,11 +1,8 @@
 """Drawn grids show the boxes where they are, in columns without holes."""
 
-from pathlib import Path
-
 import numpy as np
-from PIL import Image
 
-from pretrain.drawing import MARGIN, TEXT_HEIGHT, Tile, draw_curves, draw_grid
+from pretrain.drawing import MARGIN, TEXT_HEIGHT, Tile, draw_grid
 
 
 def tile(height: int, found: bool) -> Tile:
@@ -37,8 +34,3 @@ def test_a_tile_goes_to_the_shortest_column() -> None:
     sheet = draw_grid([tall, low, low], columns=2, width=100)
     assert sheet.height == draw_grid([tall], columns=1, width=100).height
 
-
-def test_curves_are_written_as_a_picture(tmp_path: Path) -> None:
-    draw_curves({"loss": ([0.0, 1.0], [3.0, 2.0])}, tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > 200
