@@ -48,6 +48,7 @@ def _source(place: Folder, pictures: Folder | None, data: _Entry) -> Source:
     categories, entries = data.get("categories", []), data.get("annotations", [])
     classes = _classes(place, categories)
     images = sorted(data["images"], key=lambda image: image["file_name"])
+    _check_image_ids(place, images)
     faults = list(_repeated_images(images))
     objects, bad_objects = _objects(posixpath.basename(place.path), images, entries, classes)
     faults += bad_objects
@@ -108,6 +109,15 @@ def _classes(place: Folder, categories: Sequence[_Entry]) -> dict[int, str]:
                     f"{place.url}: {count} categories have the {key} {value!r}; give each its own"
                 )
     return {entry["id"]: entry["name"] for entry in categories}
+
+
+def _check_image_ids(place: Folder, images: Sequence[_Entry]) -> None:
+    for image in images:
+        if type(image["id"]) not in (int, str):
+            raise SourceError(
+                f"{place.url}: image {image['file_name']} has id {image['id']!r}; ids are integers "
+                "or text"
+            )
 
 
 def _repeated_images(images: Sequence[_Entry]) -> Iterator[AnnotationFault]:

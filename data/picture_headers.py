@@ -4,6 +4,7 @@
 first), the whole file is read.
 """
 
+import errno
 import io
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ def read_header(folder: Folder, name: str) -> PictureHeader:
     Raises BrokenPicture with the reason where it is no picture or damaged, FileNotFoundError where
     it is not there.
     """
-    head = folder.filesystem.cat_file(folder.at(name), start=0, end=_HEAD_BYTES)
+    head = _head(folder, name)
     try:
         return parse_header(head)
     except BrokenPicture:
@@ -54,3 +55,14 @@ def parse_header(data: bytes) -> PictureHeader:
             return PictureHeader(image.width, image.height, orientation)
     except PICTURE_DAMAGE as error:
         raise BrokenPicture(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _head(folder: Folder, name: str) -> bytes:
+    try:
+        data: bytes = folder.filesystem.cat_file(folder.at(name), start=0, end=_HEAD_BYTES)
+    except OSError as error:
+        # S3's answer for an empty object: it has no byte 0.
+        if error.errno != errno.EINVAL:
+            raise
+        data = folder.filesystem.cat_file(folder.at(name))
+    return data

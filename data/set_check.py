@@ -15,7 +15,6 @@ from data.annotations import BoxAnnotation, parse_annotation
 from data.detection_set import (
     DetectionSet,
     SetKind,
-    SetListing,
     detect_set_kind,
     list_detection_set,
     open_detection_set,
@@ -45,7 +44,7 @@ class SetReport:
     kind: SetKind
     depth: Depth
     num_samples: int
-    """Pictures of the set, the unusable ones included."""
+    """Pictures of the set, without those of picture files whose annotation cannot be used."""
     classes: Classes
     counts: SetCounts
     """Of the pictures that were looked at and can be used."""
@@ -84,16 +83,15 @@ def check_detection_set(
         data = open_detection_set(url, kind=chosen, classes=classes, storage_options=options)
         return _check_shards(data, depth, progress)
     listing = list_detection_set(url, chosen, pictures, classes, options)
+    usable = [item for item in listing.items if item.annotation]
     tally = SetTally(listing.classes)
-    for item in listing.items:
-        if item.annotation:
-            tally.add(item.name, parse_annotation(item.annotation))
+    for item in usable:
+        tally.add(item.name, parse_annotation(item.annotation))
     faults = list(listing.faults)
     if depth != "annotations":
-        faults += _picture_faults(listing, depth, progress)
-    spoilt = {fault.file for fault in listing.faults if fault.severity == "error"}
-    count = len(listing.items) + len(spoilt)
-    return SetReport(url, chosen, depth, count, listing.classes, tally.counts(), tuple(faults))
+        faults += _picture_faults(listing.folder, usable, depth, progress)
+    counts, told = tally.counts(), tuple(faults)
+    return SetReport(url, chosen, depth, len(usable), listing.classes, counts, told)
 
 
 def class_faults(url: str, validation: Classes, training: Classes) -> tuple[AnnotationFault, ...]:
@@ -125,14 +123,17 @@ def head_faults(url: str, classes: Classes, num_classes: int) -> tuple[Annotatio
 
 
 def _picture_faults(
-    listing: SetListing, depth: Depth, progress: Callable[[int, int], None] | None
+    folder: Folder,
+    items: Sequence[FileItem],
+    depth: Depth,
+    progress: Callable[[int, int], None] | None,
 ) -> Iterator[AnnotationFault]:
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(partial(_file_faults, listing.folder, depth), listing.items)
+        found = pool.map(partial(_file_faults, folder, depth), items)
         for number, faults in enumerate(found, start=1):
             yield from faults
             if progress is not None:
-                progress(number, len(listing.items))
+                progress(number, len(items))
 
 
 def _file_faults(folder: Folder, depth: Depth, item: FileItem) -> tuple[AnnotationFault, ...]:

@@ -88,6 +88,18 @@ def test_categories_that_cannot_be_told_apart_are_refused_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
+def test_an_image_id_that_predictions_could_not_carry_is_refused(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.json", [{**image(1, "a.jpg"), "id": 1.5}], [], SPARSE)
+    with pytest.raises(SourceError, match=r"image a.jpg has id 1.5; ids are integers or text"):
+        open_detection_set(str(path))
+
+
+def test_a_folder_whose_name_has_the_mark_of_a_split_is_a_folder(tmp_path: Path) -> None:
+    root = write_devkit(tmp_path / "VOC#2", {"VOC2012": {"val": ["1"], "train": ["2"]}})
+    assert open_detection_set(str(root)).index.num_samples == 2
+    assert open_detection_set(f"{root}#val").index.num_samples == 1
+
+
 def test_an_error_in_the_annotations_is_refused_with_file_object_and_way_out(
     tmp_path: Path,
 ) -> None:
