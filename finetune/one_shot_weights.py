@@ -17,7 +17,7 @@ from models.detector import DetectorSettings
 from models.interop.backbones import load_backbone
 from models.interop.checkpoint_files import WeightsError
 from models.interop.placing import LoadReport
-from models.one_shot import NUM_CLASSES, one_shot_detector
+from models.one_shot import NUM_CLASSES, one_shot_detector, one_shot_settings
 from models.patch_queries import PatchDetector
 
 LEFT_OUT = ("reconstruction.*", "attention.*", "mask_head.*")
@@ -28,10 +28,11 @@ def resolve_one_shot_model(settings: DetectorSettings, init: str | None) -> Dete
     """As `finetune.transfer.resolve_model`, with the labels of one-shot detection.
 
     Raises:
+        ValueError: the recipe says another number of classes.
         WeightsError: a key of the recipe differs from the file's, with both values.
     """
     artefact = None if init is None else open_weights(init)
-    return resolved_settings(settings, artefact, NUM_CLASSES)
+    return resolved_settings(one_shot_settings(settings), artefact, NUM_CLASSES)
 
 
 def initial_one_shot(
@@ -43,7 +44,7 @@ def initial_one_shot(
     names the tensors that do not fit.
     """
     artefact = None if init is None else open_weights(init)
-    resolved = resolved_settings(settings, artefact, NUM_CLASSES)
+    resolved = resolved_settings(one_shot_settings(settings), artefact, NUM_CLASSES)
     model = one_shot_detector(resolved, torch.Generator().manual_seed(seed))
     if artefact is None:
         return model, _from_scratch(model)

@@ -1,6 +1,7 @@
 """Small pictures whose pixels say what they are: a query crop can be told by its colour."""
 
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,3 +62,31 @@ def _painted(number: int, objects: Objects) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def write_coco(folder: Path, scenes: Sequence[Objects] = SCENES) -> tuple[str, str]:
+    """The scenes as a COCO json and the folder of its pictures."""
+    scene_set(folder / "pictures", scenes)
+    boxes = [(number, name, box) for number, objects in enumerate(scenes) for name, box in objects]
+    content = {
+        "images": [
+            {"id": number, "file_name": f"{number:03}.png", "width": 48, "height": 44}
+            for number in range(len(scenes))
+        ],
+        "annotations": [
+            {
+                "id": number + 1,
+                "image_id": image,
+                "category_id": CLASSES.ids[CLASSES.names.index(name)],
+                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                "area": (box[2] - box[0]) * (box[3] - box[1]),
+                "iscrowd": 0,
+            }
+            for number, (image, name, box) in enumerate(boxes)
+        ],
+        "categories": [
+            {"id": id, "name": name} for id, name in zip(CLASSES.ids, CLASSES.names, strict=True)
+        ],
+    }
+    (folder / "instances.json").write_text(json.dumps(content))
+    return str(folder / "instances.json"), str(folder / "pictures")
