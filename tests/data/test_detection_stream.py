@@ -21,10 +21,12 @@ from data.order import OrderSettings
 from data.picture_files import restricted
 from data.shards import write_shards
 from data.sources import list_source
+from data.storage import open_folder
 from data.stream import ExactStream
 from models.structures import Classes
 from tests.data.labelled import files_set
 from tests.data.streams import digest
+from tests.servers import S3Store
 
 SMALL = AugmentSettings(
     short_sides=(32, 36, 44), max_size=64, crop_short_sides=(40, 50), crop_sides=(24, 40)
@@ -139,6 +141,24 @@ def test_a_missing_picture_is_skipped_named_and_nothing_moves_up(
     assert stream.counters.skipped == sum(value[0] == 4 for value in reference.values())
     warned = {record.getMessage() for record in caplog.records}
     assert warned == {"skipped p4 in 0004.jpg: no such file: 0004.jpg"}
+
+
+def test_picture_files_on_s3_are_the_same_stream_as_on_a_disk(
+    tmp_path: Path, s3_store: S3Store
+) -> None:
+    data = files_set(tmp_path, 30)
+    reference = global_batches(source_of(data), 0, STEPS)
+    folder = open_folder(f"{s3_store.url}/pictures", s3_store.storage_options)
+    for picture in sorted(tmp_path.glob("*.jpg")):
+        if picture.name != "0004.jpg":
+            folder.filesystem.pipe_file(folder.at(picture.name), picture.read_bytes())
+    away = replace(
+        source_of(data),
+        index=replace(data.index, url=folder.url),
+        storage_options=s3_store.storage_options,
+    )
+    pictures = global_batches(away, 0, STEPS, processes=1)
+    assert pictures == {place: value for place, value in reference.items() if value[0] != 4}
 
 
 def test_too_many_missing_pictures_stop_the_stream_and_say_what_to_run(tmp_path: Path) -> None:
