@@ -20,6 +20,7 @@ from data.packing import (
     BLANK_SIDE,
     ArrayShape,
     SkippedPicture,
+    added_counts,
     arrays_in,
     empty_buffer,
     place_picture,
@@ -163,7 +164,7 @@ def join_detection(
         for row, stream in enumerate(part.streams)
     )
     skipped = tuple(picture for part in parts for picture in part.skipped)
-    counts = _sums([part.counts for part in parts])
+    counts = added_counts([part.counts for part in parts])
     if not places:
         return _blank(parts[0], skipped, counts, pin)
     shape = _common_shape([part.shape for part in parts])
@@ -289,11 +290,6 @@ def _common_shape(shapes: Sequence[DetectionShape]) -> DetectionShape:
         num_boxes=sum(shape.num_boxes for shape in shapes),
         form=shapes[0].form,
     )
-
-
-def _sums(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    names = dict.fromkeys(name for each in counts for name in each)
-    return {name: sum(each.get(name, 0) for each in counts) for name in names}
 
 
 def _blank(

@@ -19,7 +19,6 @@ from data.annotations import AnnotationError, BoxAnnotation, parse_annotation
 from data.detection_batches import (
     PackedDetectionBatch,
     ReadyPicture,
-    detection_to_device,
     join_detection,
     pack_detection,
 )
@@ -30,8 +29,6 @@ from data.pictures import BrokenPicture, decode_picture
 from data.randomness import sample_generator
 from data.samples import Sample, picture_bytes, why_no_picture
 from models.structures import Classes
-
-__all__ = ["DetectionContent", "TargetObjects", "boxed_picture", "detection_to_device"]
 
 Difficult = Literal["keep", "drop"]
 """Whether objects that VOC calls difficult are learned from."""

@@ -82,6 +82,12 @@ def arrays_in(
     return views
 
 
+def added_counts(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The sum of each count, by name; a name that one does not have counts 0 there."""
+    names = dict.fromkeys(name for each in counts for name in each)
+    return {name: sum(each.get(name, 0) for each in counts) for name in names}
+
+
 def place_picture(
     target: Shaped[np.ndarray, "_ _ *channels"],
     picture: Shaped[np.ndarray, "height width *channels"],

@@ -103,12 +103,7 @@ def pack_files(folder: Folder, items: Sequence[FileItem]) -> tuple[ShardIndex, P
     ValueError where two have one key, or a name is empty.
     """
     _check(folder, items)
-    texts = list(_texts(items))
-    lengths = np.array([len(text) for text in texts], np.int64)
-    data = np.frombuffer(b"".join(texts), np.uint8).copy()
-    files = PictureFiles(
-        torch.from_numpy(data), torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
-    )
+    files = _packed(items)
     widths = np.array([item.width for item in items], np.int32)
     heights = np.array([item.height for item in items], np.int32)
     return _index_of(folder.url, files, widths, heights), files
@@ -237,6 +232,13 @@ def _check(folder: Folder, items: Sequence[FileItem]) -> None:
         seen.add(item.key)
 
 
+def _packed(items: Iterable[FileItem]) -> PictureFiles:
+    texts = list(_texts(items))
+    bounds = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    data = np.frombuffer(bytearray().join(texts), np.uint8)
+    return PictureFiles(torch.from_numpy(data), torch.from_numpy(bounds))
+
+
 def _texts(items: Iterable[FileItem]) -> Iterable[bytes]:
     for item in items:
         yield item.key.encode()
@@ -263,10 +265,7 @@ def _chosen_files(
     index: ShardIndex, files: PictureFiles, ids: Sequence[int]
 ) -> tuple[ShardIndex, PictureFiles]:
     (pictures,) = index.shards
-    texts = list(_texts(files.item(id) for id in ids))
-    bounds = np.concatenate([[0], np.cumsum([len(text) for text in texts], dtype=np.int64)])
-    data = np.frombuffer(b"".join(texts), np.uint8).copy()
-    chosen = PictureFiles(torch.from_numpy(data), torch.from_numpy(bounds))
+    chosen = _packed(files.item(id) for id in ids)
     places = np.asarray(ids, np.int64)
     return (
         _index_of(index.url, chosen, pictures.widths[places], pictures.heights[places]),

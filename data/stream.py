@@ -25,7 +25,7 @@ from data.loader_processes import (
     url_for_processes,
 )
 from data.order import batches_per_epoch, rank_streams
-from data.packing import SkippedPicture
+from data.packing import SkippedPicture, added_counts
 from data.reading import ReadCounters
 
 _LOG = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class ExactStream(Generic[P]):
             pictures=counters.pictures + batch.count,
             skipped=counters.skipped + len(batch.skipped),
             reading=sum((part.reading for part in received), counters.reading),
-            content=_sums(counters.content, batch.counts),
+            content=added_counts([counters.content, batch.counts]),
         )
         self._judge_broken(batch)
         return batch
@@ -123,8 +123,3 @@ class ExactStream(Generic[P]):
                 f"max_broken_share={self._settings.max_broken_share:g} of {_BROKEN_WINDOW}: "
                 f"{first}; run `querypatch {check} check {self._source.index.url}`"
             )
-
-
-def _sums(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    names = dict.fromkeys((*one, *other))
-    return {name: one.get(name, 0) + other.get(name, 0) for name in names}

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from data.detection_batches import PackedDetectionBatch
-from data.detection_content import DetectionContent, detection_to_device
+from data.detection_batches import PackedDetectionBatch, detection_to_device
+from data.detection_content import DetectionContent
 from data.detection_set import DetectionSet
 from finetune.evaluation import evaluate_detector
 from finetune.evaluation_report import evaluation_json

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from data.annotations import AnnotationError
+from data.detection_batches import detection_to_device
 from data.detection_content import (
     COUNTED,
     DetectionContent,
     boxed_and_counted,
     boxed_picture,
-    detection_to_device,
 )
 from data.detection_transforms import AugmentSettings
 from data.loader import Place
