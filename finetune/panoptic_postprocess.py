@@ -2,10 +2,10 @@
 
 Queries that are sure of a class take part; every pixel goes to the one with the highest mask logit;
 stuff of one class becomes one segment; segments of a few pixels are taken out and their pixels
-given to the next best, until none is left. Two things differ from the public code, on purpose:
-it stretches a padded mask over the unpadded picture where a batch has padding, and when a segment
-is taken out it forgets that stuff was merged, which leaves one of its queries in and the pixels of
-the others to whatever comes next. Masks are made at most 16 at a time, see `models.mask_head`.
+given to the next best. Two things differ from the public code, on purpose: it stretches a padded
+mask over the unpadded picture where a batch has padding, and when segments are taken out it forgets
+that stuff was merged, which leaves one of its queries in and the pixels of the others to whatever
+comes next. Masks are made at most 16 at a time, see `models.mask_head`.
 """
 
 from collections.abc import Sequence
@@ -81,17 +81,18 @@ def merged_segments(
 
     A merged segment has the score of its surest query.
     """
+    if not len(labels):
+        return _void(stored)
     first = _first_of_segment(labels, are_things.to(labels.device))
-    kept = torch.ones_like(first, dtype=torch.bool)
-    while kept.any():
-        winner = logits.masked_fill(~kept[:, None, None], -torch.inf).argmax(0)
-        owner = _resized(first[winner], stored)
-        areas = torch.bincount(owner.flatten(), minlength=len(labels))
-        small = kept & (areas <= max_small_area)[first]
-        if not small.any():
-            return _numbered(owner, labels, scores, first)
-        kept &= ~small
-    return _void(stored)
+    owner = _owner(logits, first, stored)
+    areas = torch.bincount(owner.flatten(), minlength=len(labels))
+    kept = (areas > max_small_area)[first]
+    if not kept.any():
+        return _void(stored)
+    if not kept.all():
+        # Once is enough: those that are left only gain pixels.
+        owner = _owner(logits.masked_fill(~kept[:, None, None], -torch.inf), first, stored)
+    return _numbered(owner, labels, scores, first)
 
 
 def _masks(
@@ -128,8 +129,13 @@ def _first_of_segment(
     return together.int().argmax(1)
 
 
-def _resized(owner: Int64[Tensor, "_ _"], stored: tuple[int, int]) -> Int64[Tensor, "height width"]:
-    """The nearest pixel, by the middles of the pixels, as Pillow's."""
+def _owner(
+    logits: Float[Tensor, "queries _ _"],
+    first: Int64[Tensor, " queries"],
+    stored: tuple[int, int],
+) -> Int64[Tensor, "height width"]:
+    """The first query of each pixel's segment, of the nearest pixel by their middles, as Pillow."""
+    owner = first[logits.argmax(0)]
     rows, columns = (
         (2 * torch.arange(new, device=owner.device) + 1) * old // (2 * new)
         for new, old in zip(stored, owner.shape, strict=True)

@@ -96,7 +96,7 @@ def test_classes_that_do_not_occur_count_in_no_mean() -> None:
     quality = judged((drawn(["aa"], a=CAT), drawn(["aa"], a=CAT)))
     assert (quality.all, quality.stuff) == (PERFECT, None)
     assert set(quality.metrics()) == {"pq", "sq", "rq", "pq_things", "sq_things", "rq_things"}
-    assert "stuff      -" in quality_table(quality)
+    assert quality_table(quality).splitlines()[3].split() == ["stuff", "-", "-", "-"]
 
 
 def test_nothing_there_and_nothing_found_has_no_numbers() -> None:
@@ -233,6 +233,6 @@ def without_first_person(truth: PanopticMap) -> PanopticMap:
         return PanopticMap(truth.numbers, truth.labels, none)
     labels = np.arange(len(truth.labels))
     numbered = PanopticMap(truth.numbers, labels, none)
-    kept = [-1 if place == people[0] else place for place in labels]
+    kept = [-1 if place == people[0] else place for place in labels.tolist()]
     renamed = renamed_map(numbered, kept)
     return PanopticMap(renamed.numbers, truth.labels[renamed.labels], renamed.crowd)
