@@ -25,7 +25,7 @@ def check_data(
     depth: Depth = "headers",
     out: Path | None = None,
 ) -> bool:
-    """Prints what the labelled set is and every kind of fault; true where there is an error.
+    """Prints what the labelled set is and every kind of fault; true where none is an error.
 
     `out` takes all faults, one a line. Errors of `check_detection_set` pass through.
     """
@@ -38,7 +38,7 @@ def check_data(
     if out is not None:
         out.write_text("".join(f"{fault.severity}: {fault}\n" for fault in report.faults))
         say(console, f"all {len(report.faults)} faults: {out}")
-    return bool(report.errors)
+    return not report.errors
 
 
 def write_subset(

@@ -9,18 +9,18 @@ import hashlib
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Self
 
 from pydantic import Field, model_validator
 
-from data.annotations import BoxAnnotation, parse_annotation
+from data.annotations import BoxAnnotation
 from data.detection_set import DetectionSet
-from data.held_out import read_samples
 from data.index import index_digest
 from data.picture_files import restricted
 from data.reading import ReadingSettings
+from data.set_annotations import set_annotations
 from data.source_items import SourceError
 from data.storage import StorageOptions, open_folder, put_bytes
 from models.settings import Settings
@@ -74,7 +74,8 @@ def subset_ids(
     """Ids of the chosen samples, rising.
 
     `per_class` reads the annotations, and with them all of a set of shards; `share` and a manifest
-    read nothing. Raises SourceError where the manifest is of another set, or nothing is chosen.
+    read nothing. Raises SourceError where the manifest is of another set, or nothing is chosen;
+    AnnotationError where a sample has no boxes to choose by.
     """
     if settings.manifest is not None:
         return read_manifest(settings.manifest, data)
@@ -159,7 +160,7 @@ def _of_each_class(
 ) -> tuple[int, ...]:
     place = {id: number for number, id in enumerate(ranked)}
     holders = defaultdict[str, list[int]](list)
-    for id, annotation in enumerate(_annotations(data, reading)):
+    for id, annotation in set_annotations(data, reading):
         for name in _learnable(annotation):
             holders[name].append(id)
     chosen = set[int]()
@@ -177,16 +178,6 @@ def _of_each_class(
     if not chosen:
         raise SourceError(f"{data.url} has no box of any class: nothing to choose per_class from")
     return tuple(sorted(chosen))
-
-
-def _annotations(data: DetectionSet, reading: ReadingSettings) -> Iterator[BoxAnnotation]:
-    if data.files is not None:
-        for id in range(data.files.num_pictures):
-            yield parse_annotation(data.files.item(id).annotation)
-        return
-    ids = range(data.index.num_samples)
-    for sample in read_samples(data.index, ids, data.storage_options, reading):
-        yield parse_annotation(sample.parts.get("json", b""))
 
 
 def _learnable(annotation: BoxAnnotation) -> set[str]:

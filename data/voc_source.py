@@ -1,5 +1,7 @@
 """A VOC root as a source of pictures; their XML files are read at once, many at a time.
 
+The 16,551 of 07+12-trainval take 3.5 s CPU (measured on a local disk).
+
 VOC counts pixels from 1 and both ends of a box are inside it; `data.annotations` says the frame in
 which the boxes travel.
 """
