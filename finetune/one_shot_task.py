@@ -1,6 +1,6 @@
 """The one-shot task: all boxes of the class of one query crop (UP-DETR, section 4.4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 from data.detection_batches import PackedDetectionBatch, detection_to_device
 from data.detection_set import DetectionSet
-from data.one_shot_content import one_shot_set
+from data.one_shot_content import one_shot_set, seen_labels
 from data.query_crops import list_objects
 from data.set_annotations import set_annotations
 from finetune.objective import group_losses
@@ -56,6 +56,15 @@ def one_shot_task(
         evaluate=_evaluation(recipe, sets.validation, world),
         pictures=pictures,
     )
+
+
+def check_unseen(
+    unseen: Sequence[str], train: DetectionSet, validation: DetectionSet | None
+) -> None:
+    """Raises ValueError where an unseen class is none of a set's; reads no picture."""
+    for data in (train, validation):
+        if data is not None:
+            seen_labels(data.classes, unseen, data.url)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The recipe of a finetuning run: detector, weights, labelled pictures, schedule."""
 
-from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -31,6 +30,9 @@ RECIPES = "finetune.recipes"
 USERS_KEYS = ("run", "data.train", "model.backbone.weights")
 """Keys that no recipe can know."""
 
+SAME = "same"
+"""For `data.validation`: judge on the pictures that are learned from."""
+
 
 class DetectionData(Settings):
     """The labelled pictures."""
@@ -40,7 +42,9 @@ class DetectionData(Settings):
     any fsspec URL; `#SPLIT` names a split, e.g. VOCdevkit#07+12-trainval or data.yaml#train.
     """
     validation: str | None = None
-    """What to evaluate on, in the same words; null evaluates nothing."""
+    """What to evaluate on, in the same words; null evaluates nothing, `same` takes the pictures that
+    are learned from, to see whether they can be overfit.
+    """
     kind: SetKind | None = None
     """What `train` and `validation` are; null finds it out."""
     train_pictures: str | None = None
@@ -112,6 +116,11 @@ class FinetuneRecipe(RunRecipe):
                 "early_stop and checkpoints.best_metric wait for every evaluation; use them with "
                 "loop.score_in_background=false"
             )
+        if self.task == "one_shot" and not self.best_metric.endswith("seen_ap50"):
+            raise ValueError(
+                f"best_metric={self.best_metric} is no number of task=one_shot; use "
+                "eval/seen_ap50, or eval/voc07_seen_ap50 with evaluation.protocols=[voc07]"
+            )
         if self.task == "panoptic" and self.from_scratch:
             raise ValueError(
                 "task=panoptic trains a mask head on a finished detector; name it with init=, a "
@@ -122,8 +131,6 @@ class FinetuneRecipe(RunRecipe):
 
 def with_absolute_paths(recipe: FinetuneRecipe) -> FinetuneRecipe:
     """The same recipe for processes with other working directories; URLs stay as they are."""
-    keys = ("train", "validation", "train_pictures", "validation_pictures")
-    places = {key: absolute(place) for key, place in _places(recipe.data, keys)}
     backbone = recipe.model.backbone
     if backbone.weights != RANDOM_WEIGHTS:
         backbone = backbone.model_copy(update={"weights": absolute(backbone.weights)})
@@ -131,12 +138,22 @@ def with_absolute_paths(recipe: FinetuneRecipe) -> FinetuneRecipe:
         update={
             "run": absolute(recipe.run),
             "init": absolute(recipe.init),
-            "data": recipe.data.model_copy(update=places),
+            "data": _with_absolute_places(recipe.data),
             "model": recipe.model.model_copy(update={"backbone": backbone}),
         }
     )
 
 
-def _places(data: DetectionData, keys: Sequence[str]) -> list[tuple[str, str | None]]:
-    values = data.model_dump()
-    return [(key, values[key]) for key in keys]
+def _with_absolute_places(data: DetectionData) -> DetectionData:
+    subset = data.subset
+    if subset is not None:
+        subset = subset.model_copy(update={"manifest": absolute(subset.manifest)})
+    return data.model_copy(
+        update={
+            "train": absolute(data.train),
+            "validation": data.validation if data.validation == SAME else absolute(data.validation),
+            "train_pictures": absolute(data.train_pictures),
+            "validation_pictures": absolute(data.validation_pictures),
+            "subset": subset,
+        }
+    )

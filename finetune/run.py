@@ -16,11 +16,11 @@ from data.order import batches_per_epoch
 from data.stream import ExactStream
 from finetune.detection import detection_task
 from finetune.keeping import Keeper, history_of
-from finetune.one_shot_task import one_shot_task
+from finetune.one_shot_task import check_unseen, one_shot_task
 from finetune.one_shot_weights import resolve_one_shot_model
 from finetune.panoptic_task import panoptic_task
 from finetune.recipe import FinetuneRecipe
-from finetune.sets import open_sets
+from finetune.sets import open_sets, store_subset
 from finetune.task import Task, TaskSets
 from finetune.transfer import resolve_model
 from models.artefact import ArtefactKind, PictureInput, Provenance, artefact_metadata
@@ -47,6 +47,8 @@ def finetune(recipe: FinetuneRecipe, host: Host) -> Position:
         return over
     sets = open_sets(recipe.data)
     is_fresh = newest_checkpoint(host.folder) is None
+    if is_fresh and host.world.is_first:
+        store_subset(recipe)
     match recipe.task:
         case "detect":
             return _run(recipe, host, sets, detection_task(recipe, sets, host.world, is_fresh))
@@ -74,8 +76,12 @@ def checked_recipe(
     if validation is not None:
         aligned(validation.classes, train.classes)
         digests["data.validation"] = index_digest(validation.index)
+        if digests["data.validation"] == digests["data.train"]:
+            logger.warning("data.validation holds what is learned from: no fair measure")
     elif recipe.loop.evaluate_every is not None or recipe.loop.evaluate_every_epochs is not None:
         logger.warning("data.validation is not given: nothing is evaluated during the run")
+    if recipe.task == "one_shot":
+        check_unseen(recipe.one_shot.unseen, train, validation)
     if not is_fresh:
         return recipe, digests
     model = _resolved(recipe, train.classes)

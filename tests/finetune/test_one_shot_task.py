@@ -7,9 +7,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from cluster.stages import recipe_of
 from cluster.worker import run_alone
+from data.voc_source import VOC_CLASSES
 from finetune.artefacts import open_weights
-from finetune.one_shot import OneShotSettings
+from finetune.one_shot import VOC_UNSEEN, OneShotSettings
 from finetune.one_shot_predict import load_one_shot
 from finetune.one_shot_task import OneShotObjective
 from finetune.one_shot_weights import initial_one_shot, resolve_one_shot_model
@@ -24,7 +26,7 @@ from tests.data.one_shot_sets import SCENES, write_coco
 from tests.finetune.public_files import patch_detector, pretraining_file
 from tests.finetune.small_detector import CLASSES, SETTINGS, write_weights
 from tests.models.test_detector import images
-from training.recipe import load_recipe
+from training.recipe import RecipeError, load_recipe
 from training.world import World
 
 ALONE = World.alone(torch.device("cpu"))
@@ -167,3 +169,32 @@ def test_a_class_is_not_named_twice_among_the_unseen() -> None:
     with pytest.raises(ValueError, match="names a class twice"):
         OneShotSettings(unseen=("cat", "cat"))
     assert set(OneShotSettings().unseen).isdisjoint(CLASSES.names)
+
+
+def test_the_unseen_classes_are_coaes_four_of_the_twenty() -> None:
+    numbers = [number for number, name in enumerate(VOC_CLASSES, start=1) if name in VOC_UNSEEN]
+    assert numbers == [1, 8, 10, 17]
+
+
+@pytest.mark.parametrize("name", ["one_shot_voc_r50", "one_shot_tiny_cpu"])
+def test_the_shipped_recipes_have_twins_from_scratch(name: str) -> None:
+    told = ["run=r", "data.train=t"]
+    pretrained = recipe_of("finetune", name, [*told, "init=w"])
+    scratch = recipe_of("finetune", f"{name}_scratch", [*told, "model.backbone.weights=w"])
+    assert isinstance(pretrained, FinetuneRecipe)
+    assert isinstance(scratch, FinetuneRecipe)
+    for part in ("task", "one_shot", "data", "evaluation", "optimiser", "schedule", "loop"):
+        assert pretrained.model_dump()[part] == scratch.model_dump()[part]
+    protocol = pretrained.evaluation.protocols[0]
+    prefix = "" if protocol == "coco" else f"{protocol}_"
+    assert pretrained.best_metric == f"eval/{prefix}seen_ap50"
+
+
+def test_what_cannot_work_is_said_before_anything_is_spent(tmp_path: Path) -> None:
+    train, pictures = write_coco(tmp_path)
+    told = ["run=r", f"data.train={train}", f"data.train_pictures={pictures}"]
+    of_voc = load_recipe(FinetuneRecipe, RECIPE, [*told, "one_shot.unseen=[cow]"])
+    with pytest.raises(ValueError, match=r"one_shot\.unseen names 'cow', which is no class of"):
+        checked_recipe(of_voc)
+    with pytest.raises(RecipeError, match="best_metric=eval/ap is no number of task=one_shot"):
+        load_recipe(FinetuneRecipe, RECIPE, [*told, "best_metric=eval/ap"])
