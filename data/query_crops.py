@@ -4,7 +4,7 @@ The protocol of CoAE (Hsieh et al., NeurIPS 2019, as its public code has it): in
 the picture and then an object of it are drawn anew each time, in testing a picture's references are
 the first of a list that its id shuffles. There an object may be its own reference, and is padded to
 a square; here it comes from another picture wherever there is one, and is squashed to a square like
-the patches of UP-DETR's pretraining. 28 bytes an object (24 MB for COCO's training set), shared by
+the patches of UP-DETR's pretraining. 24 bytes an object (20 MB for COCO's training set), shared by
 all loader processes.
 """
 

