@@ -42,8 +42,8 @@ class DetectionData(Settings):
     any fsspec URL; `#SPLIT` names a split, e.g. VOCdevkit#07+12-trainval or data.yaml#train.
     """
     validation: str | None = None
-    """What to evaluate on, in the same words; null evaluates nothing, `same` takes the pictures that
-    are learned from, to see whether they can be overfit.
+    """What to evaluate on, in the same words; null evaluates nothing. `same` takes the pictures
+    that are learned from, to see whether they can be overfit.
     """
     kind: SetKind | None = None
     """What `train` and `validation` are; null finds it out."""

@@ -2,7 +2,7 @@
 
 from data.detection_set import DetectionSet, open_detection_set
 from data.subsets import choose_subset, subset_ids, write_manifest
-from finetune.recipe import DetectionData, FinetuneRecipe
+from finetune.recipe import SAME, DetectionData, FinetuneRecipe
 from finetune.task import TaskSets
 
 SUBSET = "subset.json"
@@ -17,7 +17,7 @@ def open_sets(data: DetectionData) -> TaskSets:
     train = _whole_train_set(data)
     if data.subset is not None:
         train = choose_subset(train, data.subset, data.stream.reading)
-    return TaskSets(train, _validation_set(data))
+    return TaskSets(train, train if data.validation == SAME else _validation_set(data))
 
 
 def store_subset(recipe: FinetuneRecipe) -> None:
