@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from cluster.launch import run_with_ray
-from cluster.preflight import RefusedJob, check_inputs, check_new_run, resumed_recipe
+from cluster.preflight import RefusedJob, checked_inputs, checked_new_run, resumed_recipe
 from cluster.worker import run_alone
 from data.index import ShardIndexError
 from data.shards import ShardSettings, write_shards
@@ -27,14 +27,14 @@ def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run."""
     run = tmp_path_factory.mktemp("preflight") / "run"
     recipe = small_recipe(shards, run, "loop.steps=2")
-    check_new_run(recipe)
+    checked_new_run(recipe)
     run_alone(recipe, Console(quiet=True))
     return run
 
 
 def test_a_folder_that_holds_a_run_is_refused_for_a_new_one(shards: Path, run: Path) -> None:
     with pytest.raises(RefusedJob, match="holds a run already; continue it with `querypatch resum"):
-        check_new_run(small_recipe(shards, run))
+        checked_new_run(small_recipe(shards, run))
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
@@ -59,35 +59,35 @@ def test_another_recipe_is_refused_with_the_differing_keys(run: Path) -> None:
 def test_other_shards_under_the_same_name_are_refused(tmp_path: Path) -> None:
     shards = small_shards(tmp_path)
     recipe = small_recipe(shards, tmp_path / "run", "loop.steps=2")
-    check_new_run(recipe)
+    checked_new_run(recipe)
     run_alone(recipe, Console(quiet=True))
     for file in shards.iterdir():
         file.unlink()
     settings = ShardSettings(samples_per_shard=4, seed=1)
     write_shards(list_source(str(tmp_path / "pictures")), str(shards), settings)
-    with pytest.raises(RefusedJob, match=r"data\.shards holds other shards than those that"):
+    with pytest.raises(RefusedJob, match=r"data\.shards holds other pictures than those that"):
         resumed_recipe(str(tmp_path / "run"), [])
 
 
 def test_missing_shards_weights_and_init_are_named(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ShardIndexError, match=r"has no index.json: run `querypatch shards index"):
-        check_inputs(small_recipe(tmp_path, tmp_path / "run"))
+        checked_inputs(small_recipe(tmp_path, tmp_path / "run"))
     with pytest.raises(RefusedJob, match=r"model.backbone.weights=/none.pth does not exist"):
-        check_inputs(small_recipe(shards, tmp_path / "run", "model.backbone.weights=/none.pth"))
+        checked_inputs(small_recipe(shards, tmp_path / "run", "model.backbone.weights=/none.pth"))
     with pytest.raises(RefusedJob, match=r"init=/none does not exist"):
-        check_inputs(small_recipe(shards, tmp_path / "run", "init=/none"))
+        checked_inputs(small_recipe(shards, tmp_path / "run", "init=/none"))
 
 
 def test_a_batch_larger_than_the_data_is_refused(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="global_batch=11 is more than the 10 samples"):
-        check_inputs(small_recipe(shards, tmp_path / "run", "global_batch=11"))
+        checked_inputs(small_recipe(shards, tmp_path / "run", "global_batch=11"))
 
 
 def test_evaluating_on_the_training_shards_is_said(
     shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        check_inputs(small_recipe(shards, tmp_path / "run", f"data.held_out={shards}"))
+        checked_inputs(small_recipe(shards, tmp_path / "run", f"data.held_out={shards}"))
     assert "no fair measure" in caplog.text
 
 

@@ -2,22 +2,23 @@
 
 import pytest
 
+from cluster.stages import show_recipe
 from pretrain.recipe import (
     FREE_KEYS,
+    RECIPES,
     PretrainRecipe,
     recipe_of,
-    shipped_recipes,
-    shown_recipe,
     with_absolute_paths,
 )
 from training.recipe import RecipeError, recipe_schema
+from training.shipped_recipes import shipped_recipes
 
 SAID = ["run=r", "data.shards=s", "model.backbone.weights=w"]
 NAMES = ("folder_r18", "imagenet_r50", "imagenet_r50_15ep", "single_query", "tiny_cpu")
 
 
 def test_these_recipes_are_shipped() -> None:
-    assert tuple(shipped_recipes()) == NAMES
+    assert tuple(shipped_recipes(RECIPES)) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -25,7 +26,7 @@ def test_a_shipped_recipe_loads_and_its_header_says_hardware_time_result_and_com
     name: str,
 ) -> None:
     recipe_of(name, SAID)
-    header = [line for line in shipped_recipes()[name].splitlines() if line.startswith("#")]
+    header = [line for line in shipped_recipes(RECIPES)[name].splitlines() if line.startswith("#")]
     text = "\n".join(header)
     for word in ("Hardware:", "Time:", "Result:", f"querypatch pretrain {name} "):
         assert word in text
@@ -70,9 +71,9 @@ def test_more_workers_than_pictures_in_a_batch_are_refused() -> None:
 
 
 def test_a_recipe_is_shown_with_null_for_what_only_its_user_knows() -> None:
-    text = shown_recipe("imagenet_r50", ["seed=7"])
+    text = show_recipe("imagenet_r50", ["seed=7"])
     assert text.startswith("stage: pretrain\nrun: null\nseed: 7\n")
-    assert "weights: random" in shown_recipe("tiny_cpu")
+    assert "weights: random" in show_recipe("pretrain/tiny_cpu")
 
 
 def test_local_paths_become_absolute_and_urls_stay() -> None:

@@ -11,7 +11,7 @@ import torch.distributed
 import torch.multiprocessing
 from rich.console import Console
 
-from cluster.worker import run_stage
+from cluster.worker import run_worker
 from data.pictures import decode_picture
 from data.shards import write_shards
 from data.sources import list_source
@@ -85,7 +85,7 @@ def _work(rank: int, recipe_text: str, meeting: str, workers: int) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers
     )
-    run_stage(
+    run_worker(
         load_recipe(PretrainRecipe, recipe_text),
         World(rank, workers, torch.device("cpu")),
         lambda: False,
