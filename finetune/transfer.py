@@ -196,9 +196,10 @@ def _class_note(artefact: Artefact, classes: Classes, rows: Mapping[int, int]) -
     if not rows:
         why = "names no classes" if artefact.classes is None else "names none of these classes"
         return f"class head: new, {artefact.source} {why}"
+    whose = " (taken to be COCO's, by their number)" if "classes" in artefact.guessed else ""
     missing = [name for label, name in enumerate(classes.names) if label not in rows]
     new = f"; new: {', '.join(missing)}" if missing else ""
-    return f"class head: {len(rows)} of {len(classes.names)} classes by name{new}"
+    return f"class head: {len(rows)} of {len(classes.names)} classes by name{whose}{new}"
 
 
 def _guesses(artefact: Artefact) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from models.interop.checkpoint_files import read_tensors
 from models.interop.detr import detr_name, load_detr
 from models.patch_queries import PatchDetector
 from pretrain.recipe import PretrainRecipe
-from training.run_weights import run_weights
+from training.run_weights import run_weights, weights_file
 from training.snapshot import load_weights
 
 logger = logging.getLogger(__name__)
@@ -35,13 +35,13 @@ def blank_model(recipe: PretrainRecipe) -> PatchDetector:
 
 
 def take_weights(model: PatchDetector, source: str) -> None:
-    """Fills the whole model from a run's folder, a checkpoint of ours, or one of the public code.
+    """Fills the whole model from a run, a checkpoint or an export of ours, or a public file.
 
     What a public checkpoint does not have, the parts that only pretraining uses and a class head
     of other classes, keeps its random values and is logged as new.
     """
     found = run_weights(source, best=False)
-    tensors = read_tensors(source) if found is None else dict(found.tensors)
+    tensors = read_tensors(weights_file(source)) if found is None else dict(found.tensors)
     if detr_name("detector.queries.weight") not in tensors:
         load_weights(model, tensors, source)
         logger.info("init=%s: %d tensors loaded", source, len(tensors))

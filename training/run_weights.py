@@ -68,6 +68,14 @@ def run_weights(source: str, *, best: bool) -> RunWeights | None:
     return _of_run(folder, best)
 
 
+def weights_file(source: str) -> str:
+    """`source`, or the model.safetensors in it where it is an exported folder."""
+    folder = open_run_folder(source)
+    if folder.filesystem.isfile(folder.root) or folder.size(MODEL) is None:
+        return source
+    return f"{folder.url}/{MODEL}"
+
+
 def _of_checkpoint(folder: RunFolder, step: int) -> RunWeights:
     manifest = read_manifest(folder, step)
     if manifest is None:

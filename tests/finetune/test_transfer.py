@@ -157,7 +157,11 @@ def test_no_common_class_makes_the_head_new(tmp_path: Path) -> None:
 def test_detrs_coco_head_gives_its_rows_to_voc(tmp_path: Path) -> None:
     """The official file: label n is COCO's id n, and row 91 is "no object"."""
     source = formula_file("detr_r18_crowded", tmp_path)
-    detector, _ = initial_detector(recipe(), source, VOC_LIKE, seed=5)
+    detector, report = initial_detector(recipe(), source, VOC_LIKE, seed=5)
+    assert (
+        "class head: 3 of 4 classes by name (taken to be COCO's, by their number); new: windmill"
+        in report.notes
+    )
     theirs = formula_tensors("detr_r18_crowded")["class_embed.weight"]
     rows = [0, 1, 2, 4]
     assert torch.equal(detector.class_head.weight[rows], theirs[[5, 1, 72, 91]])

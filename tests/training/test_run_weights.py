@@ -12,7 +12,7 @@ from tests.training.small import small_state
 from training.checkpoint import save_checkpoint
 from training.ema import EmaSettings
 from training.run_folder import RunFolder, open_run_folder
-from training.run_weights import RunWeights, run_weights
+from training.run_weights import RunWeights, run_weights, weights_file
 from training.snapshot import CheckpointError, Position, TrainingState, take_snapshot
 
 
@@ -115,6 +115,13 @@ def test_files_and_other_folders_are_no_runs(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(b"")
     for place in (tmp_path / "w.pth", tmp_path, tmp_path / "none"):
         assert run_weights(str(place), best=True) is None
+
+
+def test_an_exported_folder_gives_its_file_and_a_file_itself(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    place = str(tmp_path / "model.safetensors")
+    assert weights_file(str(tmp_path)) == weights_file(place) == place
+    assert weights_file(str(tmp_path / "none")) == str(tmp_path / "none")
 
 
 def damage(run: RunFolder, step: int) -> None:
