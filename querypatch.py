@@ -59,6 +59,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 StageName = Literal["pretrain", "finetune"]
 SetKind = Literal["shards", "coco", "coco_panoptic", "voc", "yolo"]
 ExportFormat = Literal["querypatch", "detr", "hf", "onnx"]
+Depth = Literal["annotations", "headers", "pixels"]
 Url = Annotated[str, typer.Argument(help="Folder: a path or any fsspec URL.")]
 
 
@@ -190,12 +191,14 @@ def data_check(
     data: LabelledSet,
     kind: Annotated[SetKind | None, typer.Option(help="What DATA is; default: found out.")] = None,
     pictures: Annotated[str | None, typer.Option(help="Folder of a COCO json's pictures.")] = None,
+    depth: Annotated[Depth, typer.Option(help="How much of each picture is read.")] = "headers",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="File for all faults.")] = None,
 ) -> None:
     """Name every fault of a labelled set with its file and object; 1 if any is an error."""
     with _one_line_errors():
         from cluster.data_commands import check_data
 
-        if not check_data(data, kind, pictures, _console()):
+        if not check_data(data, kind, pictures, _console(), depth=depth, out=out):
             raise typer.Exit(1)
 
 
@@ -231,7 +234,7 @@ def recipe_schema(
 @shards_app.command("write")
 def shards_write(
     source: Annotated[
-        str, typer.Argument(help="Folder tree, list, tars, COCO json or VOC root; path or URL.")
+        str, typer.Argument(help="Folder tree, list, tars, COCO, VOC, YOLO; path or URL#SPLIT.")
     ],
     destination: Url,
     kind: Annotated[SourceKind | None, typer.Option(help="What SOURCE is.")] = None,
