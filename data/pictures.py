@@ -14,7 +14,7 @@ import numpy as np
 import simplejpeg
 import torch
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
 
 MAX_PIXELS = 89_478_485
@@ -113,6 +113,9 @@ def _decode_any(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
         return _decode_pillow(data)
     except BrokenPicture:
         raise
+    except UnidentifiedImageError as error:
+        # Its own words end with an address in memory, other ones each time.
+        raise BrokenPicture("no picture of a known format") from error
     except PICTURE_DAMAGE as error:
         raise BrokenPicture(f"{type(error).__name__}: {_one_line(error)}") from error
 

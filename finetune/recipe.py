@@ -116,6 +116,10 @@ class FinetuneRecipe(RunRecipe):
                 "early_stop and checkpoints.best_metric wait for every evaluation; use them with "
                 "loop.score_in_background=false"
             )
+        if self.task == "detect":
+            self._check_metric("best_metric", self.best_metric)
+            if self.early_stop is not None:
+                self._check_metric("early_stop.metric", self.early_stop.metric)
         if self.task == "one_shot" and not self.best_metric.endswith("seen_ap50"):
             raise ValueError(
                 f"best_metric={self.best_metric} is no number of task=one_shot; use "
@@ -127,6 +131,17 @@ class FinetuneRecipe(RunRecipe):
                 "run of task=detect on the same classes"
             )
         return self
+
+    def _check_metric(self, key: str, metric: str) -> None:
+        """Holds a metric of task detect to the protocols that give it."""
+        known = metric.removeprefix("eval/")
+        word = known.split("_")[0] if known.startswith("voc") else "coco"
+        if word not in self.evaluation.protocols:
+            raise ValueError(
+                f"{key}={metric} needs {word} among evaluation.protocols="
+                f"{list(self.evaluation.protocols)}; add it, or name another metric, e.g. "
+                "eval/voc07_ap50"
+            )
 
 
 def with_absolute_paths(recipe: FinetuneRecipe) -> FinetuneRecipe:

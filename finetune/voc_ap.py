@@ -6,9 +6,10 @@ threshold: on an object that is ignored (difficult, or a crowd) it counts as not
 better detection has claimed it is a mistake, else it is right. Elsewhere it is a mistake.
 
 Two readings of the precision: VOC2007's mean of the highest precision at recalls of at least 0,
-0.1 ... 1, and the area under the monotone precision (VOC2010 and later). A recall of exactly 0.3
-counts as 0.3 here; in the public evaluators it does not, by the rounding of 3 * 0.1. An overlap of
-exactly the threshold counts, as in the development kit (detectron2 wants more).
+0.1 ... 1, and the area under the monotone precision (VOC2010 and later). The eleven recalls are
+those of the public evaluators to the last bit: 3 * 0.1 is above 0.3 in floats, so a recall of 3 in
+10 misses its point, there and here. An overlap of exactly the threshold counts, as in the
+development kit (detectron2 wants more).
 
 The kit's boxes name their first and their last pixel, so that widths are x1 - x0 + 1. Our boxes are
 edges (data.annotations has moved VOC's), so x1 - x0 is the same width: `inclusive` is for boxes
@@ -40,6 +41,8 @@ VocProtocol = Literal["voc07", "voc"]
 """11 points, as for VOC2007, or the area, as from VOC2010 on."""
 
 THRESHOLDS: Float64[np.ndarray, " thresholds"] = np.linspace(0.5, 0.95, 10)
+RECALLS_07: Float64[np.ndarray, " points"] = np.arange(0.0, 1.1, 0.1)
+"""As the public evaluators write them; 0.3, 0.6 and 0.7 are a bit above."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +174,7 @@ def _class_ap(
 def eleven_points(right: Bool[np.ndarray, " detections"], num_objects: int) -> float:
     """Mean of the highest precision at recalls of at least 0, 0.1 ... 1; by falling score."""
     precision = np.append(_monotone_precision(right), 0.0)
-    # Whole numbers: 3 * 0.1 is above 0.3, and a recall of 3 in 10 would miss its point.
-    at = np.searchsorted(np.cumsum(right) * 10, np.arange(11) * num_objects)
+    at = np.searchsorted(np.cumsum(right) / num_objects, RECALLS_07)
     return float(precision[at].mean())
 
 

@@ -111,9 +111,9 @@ def test_a_picture_that_is_cut_off_is_broken(kind: str, share: float) -> None:
 def test_what_is_no_picture_is_broken() -> None:
     with pytest.raises(BrokenPicture, match="the file is empty"):
         decode_picture(b"")
-    with pytest.raises(BrokenPicture, match="UnidentifiedImageError: cannot identify image"):
+    with pytest.raises(BrokenPicture, match="no picture of a known format"):
         decode_picture(b"a text\n" * 9)
-    with pytest.raises(BrokenPicture, match="cannot identify"):
+    with pytest.raises(BrokenPicture, match="no picture of a known"):
         decode_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(BrokenPicture):
         decode_picture(b"\xff\xd8\xff\xe0 and then nothing of a JPEG")
