@@ -2,9 +2,10 @@
 
 import json
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from typing import assert_never
 
 from torch import nn
@@ -15,7 +16,7 @@ from data.loader import P, StreamSource
 from data.order import batches_per_epoch
 from data.stream import ExactStream
 from finetune.detection import detection_task
-from finetune.keeping import Keeper, history_of
+from finetune.keeping import Keeper, Metadata, history_of
 from finetune.one_shot_task import check_unseen, one_shot_task
 from finetune.one_shot_weights import resolve_one_shot_model
 from finetune.panoptic_task import panoptic_task
@@ -117,7 +118,8 @@ def _run(recipe: FinetuneRecipe, host: Host, sets: TaskSets, task: Task[P]) -> P
             for packed in batches:
                 yield task.to_device(packed, world.device)
 
-    keeper = _keeper(recipe, host, task.kind, train.classes)
+    metadata = partial(_metadata, recipe, task.kind, train.classes, _chain(recipe, host, task))
+    keeper = _keeper(recipe, host, metadata) if world.is_first else None
     stage = Stage(
         recipe=recipe,
         model=task.model,
@@ -128,12 +130,24 @@ def _run(recipe: FinetuneRecipe, host: Host, sets: TaskSets, task: Task[P]) -> P
         counters=lambda: _counters(stream),
         evaluate=_heard(task, keeper),
         judge=keeper.judge if keeper else None,
-        metadata=_metadata(recipe, task.kind, train.classes),
+        metadata=metadata(),
     )
-    if world.is_first and task.load_report is not None:
-        report = json.dumps(task.load_report.content(), indent=1)
-        host.folder.write(LOAD_REPORT, report.encode())
     return train_stage(stage, host)
+
+
+def _chain(recipe: FinetuneRecipe, host: Host, task: Task[P]) -> tuple[str, ...]:
+    """What the run began from, what that began from, and so on; leaves the report of it."""
+    report = task.load_report
+    if report is None:
+        try:
+            stored = json.loads(host.folder.read(LOAD_REPORT))
+        except FileNotFoundError:
+            return (recipe.init,) if recipe.init else ()
+        return tuple(stored["chain"])
+    if host.world.is_first:
+        logger.info("first weights, tensors by part:\n%s", report.table())
+        host.folder.write(LOAD_REPORT, json.dumps(report.content(), indent=1).encode())
+    return report.chain
 
 
 def _heard(task: Task[P], keeper: Keeper | None) -> Callable[[nn.Module], Scoring] | None:
@@ -148,29 +162,20 @@ def _heard(task: Task[P], keeper: Keeper | None) -> Callable[[nn.Module], Scorin
     return heard
 
 
-def _keeper(
-    recipe: FinetuneRecipe, host: Host, kind: ArtefactKind, classes: Classes
-) -> Keeper | None:
+def _keeper(recipe: FinetuneRecipe, host: Host, metadata: Metadata) -> Keeper:
     """Of the first worker, which alone scores."""
-    if not host.world.is_first:
-        return None
-
-    def header(evaluated: Evaluated) -> Mapping[str, str]:
-        return _metadata(recipe, kind, classes, evaluated)
-
-    return Keeper(host.folder, host.uploads, recipe.best_metric, recipe.early_stop, header)
+    return Keeper(host.folder, host.uploads, recipe.best_metric, recipe.early_stop, metadata)
 
 
 def _metadata(
     recipe: FinetuneRecipe,
     kind: ArtefactKind,
     classes: Classes,
+    chain: tuple[str, ...],
     evaluated: Evaluated | None = None,
 ) -> dict[str, str]:
     sizes = recipe.evaluation.sizes
-    provenance = Provenance(
-        run=recipe.run, init=(recipe.init,) if recipe.init else (), data=recipe.data.train
-    )
+    provenance = Provenance(run=recipe.run, init=chain, data=recipe.data.train)
     if evaluated is not None:
         judged = {
             "step": evaluated.step,

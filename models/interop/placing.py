@@ -5,6 +5,7 @@ file in a post-norm model loses `transformer.encoder.norm` and nothing is said.
 """
 
 import fnmatch
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ PARTS = {
 """Parts of a model, and how the names of their tensors begin; the first that fits counts."""
 
 _SHOWN = 12
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,9 @@ def place_tensors(
     kept = {name: tensor for name, tensor in state.items() if name not in wanted}
     loaded = {ours: tensors[theirs].reshape(state[ours].shape) for ours, theirs in wanted.items()}
     module.load_state_dict(kept | loaded)
+    bad = [wanted[ours] for ours, tensor in loaded.items() if not tensor.isfinite().all()]
+    if bad:
+        logger.warning("%s has values that are not finite in %s", source, listed(bad))
     return LoadReport(
         loaded=tuple(wanted),
         reshaped=tuple(
