@@ -9,22 +9,15 @@ import pytest
 import torch
 
 from data.annotations import AnnotationError, parse_annotation
-from data.detection_batches import PackedDetectionBatch, detection_to_device
-from data.detection_set import DetectionSet
-from data.detection_transforms import AugmentSettings
-from data.loader import StreamSettings, StreamSource
-from data.order import OrderSettings
-from data.panoptic_content import PanopticContent, segmented_picture
+from data.panoptic_content import segmented_picture
 from data.panoptic_maps import decode_segment_ids, encode_segment_ids, numbered_segments
 from data.panoptic_source import list_panoptic
-from data.picture_files import open_reader, read_one
 from data.pictures import BrokenPicture, decode_picture
-from data.reading import ReadingSettings
-from data.samples import SEGMENTS_PART, Sample
+from data.samples import SEGMENTS_PART
 from data.source_items import SourceError
 from data.storage import open_folder
-from data.stream import ExactStream
 from models.structures import DetectionBatch
+from tests.data.panoptic_batches import first_batch, sample_of
 from tests.data.panoptic_sets import panoptic_set, write_panoptic
 
 
@@ -176,38 +169,6 @@ def test_boxes_without_segments_are_an_error_that_names_the_way_out(tmp_path: Pa
     parts = {name: part for name, part in sample.parts.items() if name != SEGMENTS_PART}
     with pytest.raises(AnnotationError, match="kind=coco_panoptic"):
         segmented_picture(replace(sample, parts=parts), data.classes)
-
-
-def sample_of(data: DetectionSet, id: int) -> Sample:
-    reader = open_reader(data.index, data.files, {}, ReadingSettings())
-    return read_one(data.index, reader, id)
-
-
-def first_batch(data: DetectionSet, kind: str) -> DetectionBatch:
-    augment = AugmentSettings.model_validate(
-        {
-            "kind": kind,
-            "short_sides": (64, 80),
-            "max_size": 160,
-            "crop_short_sides": (48, 60),
-            "crop_sides": (40, 60),
-        }
-    )
-    stream: ExactStream[PackedDetectionBatch] = ExactStream(
-        StreamSource(
-            index=data.index,
-            seed=3,
-            global_batch=data.index.num_samples,
-            content=PanopticContent(data.classes, augment),
-            order=OrderSettings(),
-            files=data.files,
-        ),
-        StreamSettings(processes=0),
-    )
-    batches = stream.from_step(0)
-    packed = next(batches)
-    batches.close()
-    return detection_to_device(packed, torch.device("cpu"))
 
 
 def colour_class(batch: DetectionBatch, row: int, mask: torch.Tensor) -> int:
