@@ -55,6 +55,7 @@ def run_demo(out: Path, pictures: Path | None, console: Console) -> None:
     run = out / "pretrained"
     if run.exists():
         raise DemoError(f"{run} exists already; remove {out}, or give another --out")
+    _check_enough(pictures)
     console.rule(f"1. Draw {PICTURES + VALIDATION} pictures with boxes")
     made = out / "made"
     write_labelled_scenes(made, "train", seed=0, count=PICTURES)
@@ -81,13 +82,18 @@ def run_demo(out: Path, pictures: Path | None, console: Console) -> None:
     console.print(f"predictions are drawn in {out / 'predictions'}")
 
 
-def _write_shards(out: Path, pictures: Path, console: Console) -> int:
-    """Returns how many pictures are held out."""
-    console.rule("2. Write shards; nothing of the boxes goes into them")
+def _check_enough(pictures: Path | None) -> None:
+    if pictures is None:
+        return
     count = len(list_source(str(pictures)).items)
     if count < FEWEST:
         raise DemoError(f"{pictures} holds {count} pictures; the demo needs {FEWEST} or more")
-    held_out = min(HELD_OUT, count // 8)
+
+
+def _write_shards(out: Path, pictures: Path, console: Console) -> int:
+    """Returns how many pictures are held out."""
+    console.rule("2. Write shards; nothing of the boxes goes into them")
+    held_out = min(HELD_OUT, len(list_source(str(pictures)).items) // 8)
     _command(console, "shards", "write", pictures, out / "shards", "--hold-out", held_out)
     return held_out
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from finetune.artefacts import BESIDE, bare_tensors, fill, open_weights
 from models.artefact import Artefact
 from models.detector import Detector, DetectorSettings
-from models.interop.backbones import load_backbone
+from models.interop.backbones import RANDOM_WEIGHTS, load_backbone
 from models.interop.checkpoint_files import WeightsError
 from models.interop.class_names import match_names
 from models.interop.placing import LoadReport
@@ -88,9 +88,12 @@ def resolved_settings(
 
 
 def with_backbone(detector: Detector, report: LoadReport) -> LoadReport:
-    """Loads the backbone that the recipe names in place of init's; the report says whose it is."""
+    """Loads the backbone that the recipe names in place of init's; the report says whose it is.
+
+    `random` is no file to load: init's backbone stays, as in pretraining.
+    """
     weights = detector.settings.backbone.weights
-    if weights is None:
+    if weights is None or weights == RANDOM_WEIGHTS:
         return _noted(report, "backbone: that of init")
     replaced = load_backbone(detector.backbone)
     note = f"backbone: that of model.backbone.weights={weights}, not that of init"

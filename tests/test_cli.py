@@ -100,7 +100,7 @@ def test_the_demo_refuses_a_folder_in_use_and_too_few_pictures(
 ) -> None:
     said = call("demo", "--pictures", pictures, "--out", tmp_path / "new", status=1)
     assert "holds 9 pictures; the demo needs 24 or more" in said
-    (tmp_path / "used" / "run").mkdir(parents=True)
+    (tmp_path / "used" / "pretrained").mkdir(parents=True)
     said = call("demo", "--out", tmp_path / "used", status=1)
     assert "exists already; remove" in said
 

@@ -45,14 +45,13 @@ def test_imagenet_r50_is_the_public_command() -> None:
     assert recipe.losses.no_object == 0.1
 
 
-def test_a_recipe_without_run_shards_or_weights_names_all_three() -> None:
+def test_a_recipe_without_run_and_shards_names_both_and_then_the_weights() -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_of("imagenet_r50")
-    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
-        "run",
-        "model.backbone.weights",
-        "data.shards",
-    ]
+    named = [line.partition(":")[0] for line in str(caught.value).splitlines()]
+    assert named == ["run", "data.shards"]
+    with pytest.raises(RecipeError, match=r"^model\.backbone\.weights is not said; give the path"):
+        recipe_of("imagenet_r50", ["run=r", "data.shards=s"])
 
 
 def test_an_unknown_recipe_is_refused_with_those_that_there_are() -> None:

@@ -1,0 +1,154 @@
+"""Recipes: every shipped one loads, says what it is for, and has its twin from scratch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.stages import list_recipes, recipe_of, show_recipe
+from finetune.recipe import FREE_KEYS, RECIPES, FinetuneRecipe, with_absolute_paths
+from training.recipe import RecipeError, recipe_schema
+from training.schedule import learning_rate, schedule_in_steps
+from training.shipped_recipes import shipped_recipes
+
+NAMES = (
+    "coco_low_label", "coco_r50", "coco_r50_150ep", "one_shot_tiny_cpu", "one_shot_voc_r50",
+    "own_data", "tiny_cpu", "voc_few", "voc_r50", "voc_r50_150ep",
+)  # fmt: skip
+"""Each with a twin from scratch."""
+LOW_LABEL = ("coco_low_label", "voc_few")
+SAID = ("run=r", "data.train=t")
+
+
+def pretrained(name: str, *overrides: str) -> FinetuneRecipe:
+    return loaded(name, *SAID, "init=w", *overrides)
+
+
+def from_scratch(name: str, *overrides: str) -> FinetuneRecipe:
+    return loaded(f"{name}_scratch", *SAID, "model.backbone.weights=w", *overrides)
+
+
+def loaded(name: str, *overrides: str) -> FinetuneRecipe:
+    recipe = recipe_of("finetune", name, overrides)
+    assert isinstance(recipe, FinetuneRecipe)
+    return recipe
+
+
+def test_these_recipes_are_shipped() -> None:
+    twins = sorted([*NAMES, *(f"{name}_scratch" for name in NAMES)])
+    assert sorted(shipped_recipes(RECIPES)) == twins
+    assert {f"finetune/{name}" for name in twins} <= list_recipes().keys()
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes(RECIPES)))
+def test_the_header_of_a_recipe_says_hardware_time_result_and_command(name: str) -> None:
+    text = shipped_recipes(RECIPES)[name]
+    header = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    command = f"querypatch finetune {name} run="
+    for word in ("Hardware:", "Time:", "Result:", command, "data.train=", "data.validation="):
+        assert word in header
+    assert ("init=" in header) != name.endswith("_scratch")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_twin_from_scratch_differs_in_weights_and_architecture_alone(name: str) -> None:
+    ours, theirs = pretrained(name).model_dump(), from_scratch(name).model_dump()
+    differing = {key for key in ours if ours[key] != theirs[key]}
+    assert {"init", "from_scratch"} <= differing <= {"init", "from_scratch", "model"}
+    assert ours["model"]["backbone"]["train"] == theirs["model"]["backbone"]["train"]
+    assert ours["model"]["dropout"] == theirs["model"]["dropout"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_architecture_of_a_pretrained_one_is_left_to_its_weights(name: str) -> None:
+    model = pretrained(name).model
+    assert model.model_fields_set <= {"backbone", "dropout"}
+    assert model.backbone.model_fields_set <= {"train", "weights"}
+    assert model.backbone.weights is None
+
+
+@pytest.mark.parametrize("name", [*LOW_LABEL, *(f"{name}_scratch" for name in LOW_LABEL)])
+def test_the_rate_of_a_low_label_recipe_never_drops(name: str) -> None:
+    """Peers' bug 12."""
+    extra = "model.backbone.weights=w" if name.endswith("_scratch") else "init=w"
+    recipe = loaded(name, *SAID, extra)
+    schedule = schedule_in_steps(recipe.schedule, 10_000, 7.0)
+    rates = {learning_rate(schedule, 1e-4, step) for step in range(0, 10_000, 50)}
+    assert rates == {1e-4}
+    assert recipe.data.subset is not None
+
+
+def test_the_recipes_of_the_paper_are_those_of_the_paper() -> None:
+    for name, epochs, drop in (("r50", 300, 200), ("r50_150ep", 150, 100)):
+        for data in ("coco", "voc"):
+            recipe = from_scratch(f"{data}_{name}")
+            assert (recipe.loop.epochs, recipe.schedule.drop_at) == (epochs, (drop,))
+            assert (recipe.optimiser.lr, recipe.optimiser.backbone_lr) == (1e-4, 5e-5)
+            assert (recipe.optimiser.clip_norm, recipe.global_batch) == (0.1, 16)
+            assert (recipe.model.num_queries, recipe.model.pre_norm) == (100, True)
+    assert from_scratch("voc_r50").evaluation.protocols == ("coco", "voc07")
+
+
+def test_weights_or_from_scratch_must_be_said_and_not_both() -> None:
+    for told in ((), ("init=w", "from_scratch=true")):
+        with pytest.raises(RecipeError, match="name the weights to start from with init=, or say"):
+            loaded("tiny_cpu", *SAID, *told)
+    with pytest.raises(RecipeError, match=r"model\.backbone\.weights is not said"):
+        loaded("voc_r50_scratch", *SAID)
+
+
+def test_what_waits_for_evaluations_cannot_score_in_the_background() -> None:
+    for told in ("early_stop={patience: 2}", "checkpoints.best_metric=eval/ap"):
+        with pytest.raises(RecipeError, match=r"use them with loop\.score_in_background=false"):
+            pretrained("voc_r50", told)
+
+
+def test_a_mask_head_needs_a_finished_detector() -> None:
+    with pytest.raises(RecipeError, match="task=panoptic trains a mask head on a finished"):
+        from_scratch("tiny_cpu", "task=panoptic")
+
+
+def test_a_recipe_of_another_command_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("stage: finetune\n")
+    with pytest.raises(RecipeError, match="this recipe is for `querypatch finetune`, not for"):
+        recipe_of("pretrain", str(tmp_path / "own.yaml"))
+    (tmp_path / "own.yaml").write_text("stage: finetun\n")
+    with pytest.raises(RecipeError, match="stage: 'finetun' is none of pretrain, finetune"):
+        show_recipe(str(tmp_path / "own.yaml"))
+
+
+def test_a_recipe_name_of_two_stages_must_say_which() -> None:
+    with pytest.raises(RecipeError, match="say pretrain/tiny_cpu or finetune/tiny_cpu"):
+        show_recipe("tiny_cpu")
+    assert show_recipe("finetune/tiny_cpu_scratch").startswith("stage: finetune\n")
+    assert "share: 0.05" in show_recipe("coco_low_label", ["init=w", "data.subset.share=0.05"])
+
+
+def test_local_paths_become_absolute_and_urls_splits_and_words_stay() -> None:
+    told = (
+        "data.train=VOCdevkit#07+12-trainval", "data.validation=same", "data.train_pictures=p",
+        "data.subset={manifest: m.json}", "run=s3://b/r",
+    )  # fmt: skip
+    recipe = with_absolute_paths(pretrained("tiny_cpu", *told))
+    data = recipe.data
+    assert recipe.run == "s3://b/r"
+    assert data.train.endswith("/VOCdevkit#07+12-trainval")
+    assert data.validation == "same"
+    assert data.subset is not None
+    for place in (data.train, data.train_pictures, data.subset.manifest, recipe.init):
+        assert place is not None
+        assert place.startswith("/")
+
+
+def test_every_free_key_is_a_key_of_the_recipe() -> None:
+    known = recipe_schema(FinetuneRecipe)
+    for key in FREE_KEYS:
+        inner: dict[str, Any] = known
+        for part in key.rstrip(".").split("."):
+            entry = inner["properties"][part]
+            inner = known["$defs"].get(entry.get("$ref", "").rpartition("/")[2], entry)
+
+
+def test_a_refused_value_is_named_with_its_key() -> None:
+    with pytest.raises(RecipeError, match=r"^data\.difficult=\"ignore\": should be 'keep' or"):
+        pretrained("voc_r50", "data.difficult=ignore")
