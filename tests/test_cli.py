@@ -1,8 +1,6 @@
-"""The command line: its commands do what the README says, and errors are one line."""
+"""The command line: its commands do what they say, and errors are one line."""
 
 import json
-import re
-import shlex
 import tarfile
 from pathlib import Path
 
@@ -12,8 +10,6 @@ from typer.testing import CliRunner
 import querypatch
 from data.synthetic import write_scenes
 from tests.pretrain.small_run import RECIPE
-
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def call(*arguments: object, status: int = 0) -> str:
@@ -103,20 +99,3 @@ def test_the_demo_refuses_a_folder_in_use_and_too_few_pictures(
     (tmp_path / "used" / "pretrained").mkdir(parents=True)
     said = call("demo", "--out", tmp_path / "used", status=1)
     assert "exists already; remove" in said
-
-
-def test_every_command_of_the_readme_exists_with_its_options() -> None:
-    lines = re.findall(r"^(?:\$ )?(querypatch .+?(?:\\\n.+?)*)$", README, re.MULTILINE)
-    assert len(lines) >= 6
-    for line in lines:
-        words = shlex.split(line.replace("\\\n", " "))[1:]
-        path = [word for word in words[:2] if word in COMMANDS]
-        options = {word for word in words if word.startswith("--") or word == "-o"}
-        described = call(*path, "--help")
-        assert options <= set(re.findall(r"--?[a-z-]+", described)), line
-
-
-COMMANDS = {
-    "pretrain", "resume", "demo", "recipe", "shards", "show", "list", "schema", "write", "index",
-    "check", "patches",
-}  # fmt: skip

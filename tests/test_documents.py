@@ -1,22 +1,29 @@
-"""The documents name only what exists: files they link to, keys of the recipe, texts of errors."""
+"""The documents name only what exists: files, keys of recipes, commands, texts of errors."""
 
 import ast
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import typer
+from typer.core import TyperGroup
 
+import querypatch
+from finetune.recipe import RECIPES, FinetuneRecipe
 from models.settings import Settings
 from pretrain.recipe import PretrainRecipe
+from training.shipped_recipes import shipped_recipes
 
 PROJECT = Path(__file__).parents[1]
 DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted(PROJECT.glob("docs/*.md"))]
 PACKAGES = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-SECTIONS = "|".join(PretrainRecipe.model_fields)
-FILES = (".json", ".md", ".py", ".safetensors", ".yaml")
+STAGES = (PretrainRecipe, FinetuneRecipe)
+SECTIONS = "|".join({name: None for stage in STAGES for name in stage.model_fields})
+FILES = (".json", ".md", ".png", ".py", ".safetensors", ".yaml")
 UNKNOWN = "\0"
 """Stands in an error text for what is filled in when it is raised."""
 
@@ -32,7 +39,21 @@ def test_every_recipe_key_that_is_named_exists(document: Path) -> None:
     code = " ".join(re.findall(r"```.*?```|`[^`]+`", document.read_text(), re.DOTALL))
     keys = re.findall(rf"(?<![\w./])((?:{SECTIONS})(?:\.[a-z]\w*)+)(?![\w/])", code)
     keys = [key for key in keys if not key.endswith(FILES)]
-    assert [key for key in keys if not _is_key(PretrainRecipe, key.split("."))] == []
+    assert [key for key in keys if not any(_is_key(kind, key.split(".")) for kind in STAGES)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_that_is_shown_exists_with_its_options(document: Path) -> None:
+    lines = _command_lines(document.read_text())
+    assert [line for line in lines if not _is_command(shlex.split(line)[1:])] == []
+
+
+def test_the_table_of_finetuning_recipes_names_all_of_them() -> None:
+    table = (PROJECT / "docs" / "finetuning.md").read_text().partition("## The task")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    shipped = {name.removesuffix("_scratch") for name in shipped_recipes(RECIPES)}
+    assert named == shipped
 
 
 def test_every_error_text_in_the_troubleshooting_is_one_of_the_code() -> None:
@@ -42,6 +63,29 @@ def test_every_error_text_in_the_troubleshooting_is_one_of_the_code() -> None:
     fragments = [part for heading in headings for part in _fixed_parts(heading)]
     assert len(fragments) > 10
     assert [part for part in fragments if not any(part in text for text in texts)] == []
+
+
+def _command_lines(document: str) -> list[str]:
+    """What begins with `querypatch` in blocks of code; brackets around what is optional are cut."""
+    blocks = re.findall(
+        r"^ *```\n(.*?)```", document.replace("\\\n", " "), re.DOTALL | re.MULTILINE
+    )
+    lines = [line.partition("  #")[0] for block in blocks for line in block.splitlines()]
+    commands = [line.rpartition("| ")[2].strip() for line in lines if "querypatch " in line]
+    return [
+        re.sub(r"[\[\]]|\.\.\.", " ", line) for line in commands if line.startswith("querypatch ")
+    ]
+
+
+def _is_command(words: list[str]) -> bool:
+    """Whether the words lead to a command of the front door that has all their options."""
+    command = typer.main.get_command(querypatch.app)
+    while isinstance(command, TyperGroup):
+        if not words or words[0] not in command.commands:
+            return False
+        command, words = command.commands[words[0]], words[1:]
+    known = {option for parameter in command.params for option in parameter.opts}
+    return {word for word in words if word.startswith("-") and word != "-"} <= known
 
 
 def _is_key(annotation: object, path: list[str]) -> bool:
