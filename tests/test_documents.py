@@ -35,6 +35,17 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_into_a_document_meets_one_of_its_headings(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*\.md)?#([^)]*)\)", document.read_text())
+    lost = [
+        (file, place)
+        for file, place in links
+        if place not in _headings(document.parent / file if file else document)
+    ]
+    assert lost == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_recipe_key_that_is_named_exists(document: Path) -> None:
     code = " ".join(re.findall(r"```.*?```|`[^`]+`", document.read_text(), re.DOTALL))
     keys = re.findall(rf"(?<![\w./])((?:{SECTIONS})(?:\.[a-z]\w*)+)(?![\w/])", code)
@@ -63,6 +74,12 @@ def test_every_error_text_in_the_troubleshooting_is_one_of_the_code() -> None:
     fragments = [part for heading in headings for part in _fixed_parts(heading)]
     assert len(fragments) > 10
     assert [part for part in fragments if not any(part in text for text in texts)] == []
+
+
+def _headings(document: Path) -> set[str]:
+    """As links name them: small letters, hyphens for spaces, no other signs."""
+    titles = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def _command_lines(document: str) -> list[str]:
