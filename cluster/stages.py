@@ -10,7 +10,7 @@ from finetune.recipe import FinetuneRecipe
 from finetune.run import finetune as run_finetuning
 from pretrain.recipe import PretrainRecipe
 from pretrain.run import pretrain as run_pretraining
-from training.recipe import RecipeError, load_recipe, parse_recipe
+from training.recipe import RecipeError, load_recipe, override, parse_recipe
 from training.shipped_recipes import recipe_source, shipped_recipes, shown_recipe
 from training.snapshot import Position
 from training.stage import Host
@@ -114,9 +114,19 @@ def show_recipe(name: str, overrides: Sequence[str] = ()) -> str:
     `name` is `stage/name`, a name alone where one stage has it, or a YAML file that says its stage.
     """
     stage, source = _found(name)
-    kind = recipe_kind(stage)
-    keys = {"pretrain": pretrain.recipe.USERS_KEYS, "finetune": finetune.recipe.USERS_KEYS}
-    return shown_recipe(kind, source, overrides, keys[stage])
+    return shown_recipe(
+        recipe_kind(stage), source, overrides, _users_keys(stage, source, overrides)
+    )
+
+
+def _users_keys(stage: StageName, source: str | Path, overrides: Sequence[str]) -> tuple[str, ...]:
+    match stage:
+        case "pretrain":
+            return pretrain.recipe.USERS_KEYS
+        case "finetune":
+            return finetune.recipe.users_keys(override(parse_recipe(source), overrides))
+        case _:
+            assert_never(stage)
 
 
 def _found(name: str) -> tuple[StageName, str | Path]:

@@ -1,5 +1,6 @@
 """The recipe of a finetuning run: detector, weights, labelled pictures, schedule."""
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -28,7 +29,7 @@ RECIPES = "finetune.recipes"
 """The package of the recipes that come with querypatch."""
 
 USERS_KEYS = ("run", "data.train", "model.backbone.weights")
-"""Keys that no recipe can know."""
+"""Keys that no recipe can know; see `users_keys`."""
 
 SAME = "same"
 """For `data.validation`: judge on the pictures that are learned from."""
@@ -142,6 +143,11 @@ class FinetuneRecipe(RunRecipe):
                 f"{list(self.evaluation.protocols)}; add it, or name another metric, e.g. "
                 "eval/voc07_ap50"
             )
+
+
+def users_keys(values: Mapping[str, object]) -> tuple[str, ...]:
+    """Keys that a recipe of these plain values leaves to its user; from scratch without `init`."""
+    return USERS_KEYS if values.get("from_scratch") else (*USERS_KEYS, "init")
 
 
 def with_absolute_paths(recipe: FinetuneRecipe) -> FinetuneRecipe:

@@ -117,6 +117,13 @@ def test_a_recipe_of_another_command_is_refused_with_the_right_one(tmp_path: Pat
         show_recipe(str(tmp_path / "own.yaml"))
 
 
+@pytest.mark.parametrize("name", sorted(shipped_recipes(RECIPES)))
+def test_every_recipe_is_shown_with_null_for_what_only_its_user_knows(name: str) -> None:
+    shown = show_recipe(f"finetune/{name}").splitlines()
+    assert {"run: null", "init: null", "  train: null"} <= set(shown)
+    assert ("from_scratch: true" in shown) == name.endswith("_scratch")
+
+
 def test_a_recipe_name_of_two_stages_must_say_which() -> None:
     with pytest.raises(RecipeError, match="say pretrain/tiny_cpu or finetune/tiny_cpu"):
         show_recipe("tiny_cpu")
