@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from data.source_items import SourceKind
-
 if TYPE_CHECKING:
     from cluster.stages import Recipe
     from finetune.predict import LoadedDetector
@@ -57,6 +55,7 @@ Device = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 # Written out here, since importing their modules takes seconds; a test holds them to the originals.
 StageName = Literal["pretrain", "finetune"]
+SourceKind = Literal["classes", "folder", "list", "tars", "coco", "voc", "yolo"]
 SetKind = Literal["shards", "coco", "coco_panoptic", "voc", "yolo"]
 ExportFormat = Literal["querypatch", "detr", "hf", "onnx"]
 Depth = Literal["annotations", "headers", "pixels"]
@@ -121,7 +120,7 @@ def evaluate(
     data: LabelledSet,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Of evaluation, e.g. protocols=[voc07]."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Of evaluation, e.g. max_pictures=500."),
     ] = None,
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON to write as well.")] = None,
@@ -192,13 +191,16 @@ def data_check(
     kind: Annotated[SetKind | None, typer.Option(help="What DATA is; default: found out.")] = None,
     pictures: Annotated[str | None, typer.Option(help="Folder of a COCO json's pictures.")] = None,
     depth: Annotated[Depth, typer.Option(help="How much of each picture is read.")] = "headers",
+    num_classes: Annotated[
+        int | None, typer.Option(help="Of a head made elsewhere: has every label its output?")
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File for all faults.")] = None,
 ) -> None:
     """Name every fault of a labelled set with its file and object; 1 if any is an error."""
     with _one_line_errors():
         from cluster.data_commands import check_data
 
-        if not check_data(data, kind, pictures, _console(), depth=depth, out=out):
+        if not check_data(data, kind, pictures, _console(), depth, num_classes, out):
             raise typer.Exit(1)
 
 
@@ -345,6 +347,8 @@ def load_detector(source: str, device: Literal["auto", "cpu", "cuda"] = "auto") 
 def main() -> None:
     """The `querypatch` command."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for chatty in ("onnxscript", "onnx_ir"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     app()
 
 
@@ -373,6 +377,8 @@ def _one_line_errors() -> Iterator[None]:
     """Errors that name the way out are shown as they are; QUERYPATCH_TRACEBACK=1 shows it all."""
     try:
         yield
+    except typer.Exit:
+        raise
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         if os.environ.get("QUERYPATCH_TRACEBACK"):
             raise

@@ -1,15 +1,24 @@
 """The command line: its commands do what they say, and errors are one line."""
 
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
 
 import querypatch
+from cluster import stages
+from data import detection_set, source_items
 from data.synthetic import write_scenes
+from finetune import export
+from tests.finetune import small_run as finetuning
 from tests.pretrain.small_run import RECIPE
+
+SCRATCH = ("tiny_cpu_scratch", "run=/no/such/run", "data.train=/no/such/set.json")
 
 
 def call(*arguments: object, status: int = 0) -> str:
@@ -68,8 +77,34 @@ def test_a_run_is_begun_resumed_and_looked_at(pictures: Path, tmp_path: Path) ->
     assert "holds a run already" in said
 
 
+def test_a_detector_is_finetuned_judged_used_and_exported(tmp_path: Path) -> None:
+    sets, run = finetuning.small_sets(tmp_path / "sets", count=6), tmp_path / "run"
+    train, validation = (text.partition("=")[2] for text in finetuning.sets_of(sets))
+    (tmp_path / "own.yaml").write_text(finetuning.RECIPE)
+    told = (f"run={run}", *finetuning.sets_of(sets), "loop.evaluate_every=3")
+    assert f"{train}: no fault" in call("data", "check", train)
+    call("show", "data", train, "-o", tmp_path / "data.png", "--count", 2)
+    said = call("finetune", tmp_path / "own.yaml", *told, "--local")
+    assert "step 6/6" in said
+    assert "evaluation at step 6: ap " in said
+    call("resume", run, "--local", "evaluation.batch_size=2")
+    assert "holds a run already" in call("finetune", tmp_path / "own.yaml", *told, status=1)
+    judged = call("evaluate", run, validation, "processes=0", "-o", tmp_path / "scores.json")
+    assert "COCO, 3 pictures of" in judged
+    assert json.loads((tmp_path / "scores.json").read_text())["pictures"] == 3
+    call("predict", run, sets / "val", "-o", tmp_path / "found", "--threshold", 0)
+    assert len(json.loads((tmp_path / "found/images.json").read_text())) == 3
+    assert len(list((tmp_path / "found").glob("**/*.jpg"))) == 3
+    assert "hidden_dim" in call("weights", "show", run)
+    call("export", run, tmp_path / "export")
+    assert "hidden_dim" in call("weights", "show", tmp_path / "export")
+    assert "exists" in call("export", run, tmp_path / "export", status=1)
+
+
 def test_recipes_are_listed_shown_and_described() -> None:
-    assert "imagenet_r50" in call("recipe", "list")
+    assert "pretrain/imagenet_r50" in call("recipe", "list")
+    assert "finetune/voc_few_scratch" in call("recipe", "list")
+    assert json.loads(call("recipe", "schema", "finetune"))["title"] == "FinetuneRecipe"
     assert "num_patches: 5" in call("recipe", "show", "imagenet_r50", "queries.num_patches=5")
     assert json.loads(call("recipe", "schema"))["title"] == "PretrainRecipe"
 
@@ -83,6 +118,17 @@ def test_recipes_are_listed_shown_and_described() -> None:
         (("shards", "write", "/no/such/pictures", "/tmp/d"), "nothing at /no/such/pictures"),
         (("shards", "check", "/no/such/shards"), "/no/such/shards has no index.json"),
         (("show", "patches", "/no/such/run"), "/no/such/run has no index.json"),
+        (("finetune", "tiny_cpu", "run=/r"), "data.train: missing; give it in the recipe or as"),
+        (("finetune", "imagenet_r50", "run=/r"), "'imagenet_r50' is neither a file nor one of coc"),
+        (("finetune", "tiny_cpu", "run=/r", "data.train=/no.json"), "name the weights to start"),
+        (("finetune", *SCRATCH), "/no/such/set.json"),
+        (("evaluate", "/no/such", "/no/such/set.json"), "/no/such holds no weights"),
+        (("predict", "/no/such", "a.jpg", "-o", "/no/such/out"), "/no/such holds no weights"),
+        (("export", "/no/such/weights", "/no/such/out"), "/no/such/weights holds no weights"),
+        (("weights", "show", "/no/such/weights"), "/no/such/weights holds no weights"),
+        (("data", "check", "/no/such/set"), "/no/such/set"),
+        (("show", "data", "/no/such/set"), "/no/such/set"),
+        (("recipe", "show", "tiny_cpu"), "say pretrain/tiny_cpu or finetune/tiny_cpu"),
     ],
 )
 def test_errors_are_lines_that_name_the_thing(arguments: tuple[str, ...], message: str) -> None:
@@ -99,3 +145,20 @@ def test_the_demo_refuses_a_folder_in_use_and_too_few_pictures(
     (tmp_path / "used" / "pretrained").mkdir(parents=True)
     said = call("demo", "--out", tmp_path / "used", status=1)
     assert "exists already; remove" in said
+
+
+def test_words_that_are_written_out_for_speed_are_those_of_their_modules() -> None:
+    assert get_args(querypatch.StageName) == get_args(stages.StageName)
+    assert get_args(querypatch.SourceKind) == get_args(source_items.SourceKind)
+    assert get_args(querypatch.SetKind) == get_args(detection_set.SetKind)
+    assert get_args(querypatch.ExportFormat) == get_args(export.ExportFormat)
+
+
+def test_help_waits_for_neither_torch_nor_ray() -> None:
+    look = (
+        "import sys, querypatch; from typer.testing import CliRunner; "
+        "done = CliRunner().invoke(querypatch.app, ['--help']); assert 'finetune' in done.output; "
+        "print({'torch', 'ray', 'cv2', 'transformers'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr

@@ -17,7 +17,11 @@ import pytest
 
 PROJECT = Path(__file__).parents[1]
 SETUPTOOLS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["setuptools"]
-RECIPES = sorted(path.stem for path in (PROJECT / "pretrain" / "recipes").glob("*.yaml"))
+RECIPES = sorted(
+    f"{stage}/{path.stem}"
+    for stage in ("pretrain", "finetune")
+    for path in (PROJECT / stage / "recipes").glob("*.yaml")
+)
 
 pytestmark = pytest.mark.slow
 

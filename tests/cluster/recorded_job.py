@@ -1,6 +1,6 @@
-"""`querypatch pretrain` or `resume` through Ray, whose workers also note what they were given.
+"""`querypatch pretrain`, `finetune` or `resume` through Ray; workers note what they were given.
 
-    python -m tests.cluster.recorded_job NOTES pretrain|resume ARGUMENT...
+    python -m tests.cluster.recorded_job NOTES pretrain|finetune|resume ARGUMENT...
 
 Each worker appends a line per step to a file of its own in NOTES/START: the step, the sample ids of
 its part, and a hash of its pixels. Checkpoints are stored slowly, so that a kill can hit one.
@@ -23,31 +23,41 @@ def noted(config: dict[str, Any]) -> None:
     """What Ray runs on every worker."""
     import hashlib
 
+    import finetune.detection
     import pretrain.run
     from cluster.worker import run_on_ray
     from training.run_folder import RunFolder
 
     put, on_device = RunFolder.put, pretrain.run.on_device
+    boxes_to_device = finetune.detection.detection_to_device
 
     def slow_put(self: RunFolder, source: Path, name: str) -> None:
         put(self, source, name)
         time.sleep(0.3 if name.startswith("checkpoints/") else 0)
 
-    def noting(batches: Iterator[Any], device: Any) -> Iterator[Any]:
+    def note(step: int, batch: Any, pixels: Any) -> None:
         import ray.train
 
         rank = ray.train.get_context().get_world_rank()
-        with (NOTES / f"{rank}.jsonl").open("w") as notes:
-            for packed in batches:
-                (batch,) = on_device(iter([packed]), device)
-                pixels = hashlib.sha256(packed.buffer.numpy().tobytes()).hexdigest()
-                ids = batch.sample_ids.tolist()
-                notes.write(json.dumps({"step": packed.step, "ids": ids, "pixels": pixels}) + "\n")
-                notes.flush()
-                yield batch
+        digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+        line = {"step": step, "ids": batch.sample_ids.tolist(), "pixels": digest}
+        with (NOTES / f"{rank}.jsonl").open("a") as notes:
+            notes.write(json.dumps(line) + "\n")
+
+    def noting(batches: Iterator[Any], device: Any) -> Iterator[Any]:
+        for packed in batches:
+            (batch,) = on_device(iter([packed]), device)
+            note(packed.step, batch, packed.buffer)
+            yield batch
+
+    def noting_boxes(packed: Any, device: Any) -> Any:
+        batch = boxes_to_device(packed, device)
+        note(packed.step, batch, batch.images.pixels)
+        return batch
 
     RunFolder.put = slow_put  # type: ignore[method-assign]
     pretrain.run.on_device = noting
+    finetune.detection.detection_to_device = noting_boxes
     run_on_ray(config)
 
 

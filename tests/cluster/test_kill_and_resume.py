@@ -1,21 +1,25 @@
 """The proof: a run that is killed again and again sees what an uninterrupted one sees."""
 
-import json
 import random
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from cluster.processes import kill_tree
 from data.shards import ShardSettings, write_shards
 from data.sources import list_source
 from data.synthetic import write_scenes
+from tests.cluster.killing import (
+    begin_job,
+    finish,
+    ids_of,
+    kill_when,
+    last_step,
+    losses_of,
+    pixels_of,
+    weights_of,
+)
 
 STEPS = 30
 RECIPE = """
@@ -59,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(place: Path) -> str:
     """Name of a run of two workers that nothing happened to."""
-    _finish(_begin(place, "uninterrupted"))
+    finish(_begin(place, "uninterrupted"))
     return "uninterrupted"
 
 
@@ -70,11 +74,11 @@ def test_killed_three_times_and_resumed_with_2_1_and_2_workers_every_batch_is_th
 ) -> None:
     draw = random.Random(7)
     first, second, third = sorted(draw.sample(range(6, STEPS - 4), 3))
-    _kill(_begin(place, "killed"), lambda: _last_step(place, "killed") >= first)
-    _kill(_resume(place, "killed", workers=2), lambda: _is_half_written(place, second))
-    _kill(_resume(place, "killed", workers=1), lambda: _last_step(place, "killed") >= third)
-    _finish(_resume(place, "killed", workers=2))
-    expected, found = _ids(place, uninterrupted), _ids(place, "killed")
+    kill_when(_begin(place, "killed"), lambda: last_step(place, "killed") >= first)
+    kill_when(_resume(place, "killed", workers=2), lambda: _is_half_written(place, second))
+    kill_when(_resume(place, "killed", workers=1), lambda: last_step(place, "killed") >= third)
+    finish(_resume(place, "killed", workers=2))
+    expected, found = ids_of(place, uninterrupted, STEPS), ids_of(place, "killed", STEPS)
     assert sorted(expected) == list(range(STEPS))
     assert found == expected
 
@@ -84,53 +88,22 @@ def test_killed_three_times_and_resumed_with_2_1_and_2_workers_every_batch_is_th
 def test_with_the_same_workers_losses_and_weights_are_equal_to_the_last_bit(
     place: Path, uninterrupted: str
 ) -> None:
-    _kill(_begin(place, "twice"), lambda: _last_step(place, "twice") >= 13)
-    _finish(_resume(place, "twice", workers=2))
-    assert _losses(place, "twice") == _losses(place, uninterrupted)
-    ours, theirs = _weights(place, "twice"), _weights(place, uninterrupted)
+    kill_when(_begin(place, "twice"), lambda: last_step(place, "twice") >= 13)
+    finish(_resume(place, "twice", workers=2))
+    assert losses_of(place, "twice") == losses_of(place, uninterrupted)
+    ours, theirs = weights_of(place, "twice", STEPS), weights_of(place, uninterrupted, STEPS)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert _pixels(place, "twice") == _pixels(place, uninterrupted)
+    assert pixels_of(place, "twice", STEPS) == pixels_of(place, uninterrupted, STEPS)
 
 
 def _begin(place: Path, run: str) -> subprocess.Popen[bytes]:
-    return _job(place, run, "pretrain", str(place / "recipe.yaml"), f"run={place / run}",
-                f"data.shards={place / 'shards'}")  # fmt: skip
+    told = (f"run={place / run}", f"data.shards={place / 'shards'}")
+    return begin_job(place, run, "pretrain", place / "recipe.yaml", *told)
 
 
 def _resume(place: Path, run: str, workers: int) -> subprocess.Popen[bytes]:
-    return _job(place, run, "resume", str(place / run), f"resources.workers={workers}")
-
-
-def _job(place: Path, run: str, *arguments: str) -> subprocess.Popen[bytes]:
-    log = (place / f"{run}.log").open("ab")
-    with log:
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "tests.cluster.recorded_job",
-                str(place / f"{run}.notes"),
-                *arguments,
-            ],
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-
-
-def _finish(job: subprocess.Popen[bytes]) -> None:
-    assert job.wait(timeout=300) == 0
-
-
-def _kill(job: subprocess.Popen[bytes], is_time: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
-    while not is_time():
-        assert job.poll() is None, f"the job ended early with status {job.returncode}"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    kill_tree(job.pid)
-    job.wait()
+    return begin_job(place, run, "resume", place / run, f"resources.workers={workers}")
 
 
 def _is_half_written(place: Path, after: int) -> bool:
@@ -138,50 +111,3 @@ def _is_half_written(place: Path, after: int) -> bool:
     newest = max((place / "killed" / "checkpoints").glob("step_*"))
     has_files = any(newest.iterdir()) and not (newest / "manifest.json").exists()
     return has_files and int(newest.name.removeprefix("step_")) > after - 4
-
-
-def _notes(place: Path, run: str) -> list[dict[str, object]]:
-    files = sorted((place / f"{run}.notes").glob("*/*.jsonl"))
-    lines = [line for file in files for line in file.read_text().splitlines()]
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def _last_step(place: Path, run: str) -> int:
-    return max((int(str(note["step"])) for note in _notes(place, run)), default=-1)
-
-
-def _ids(place: Path, run: str) -> dict[int, list[int]]:
-    """The ids of each global batch, joined over workers; a batch seen twice must be the same."""
-    parts: dict[int, dict[str, set[int]]] = {}
-    for file in sorted((place / f"{run}.notes").glob("*/*.jsonl")):
-        start = file.parent.name
-        for line in file.read_text().splitlines():
-            note = json.loads(line) if line.endswith("}") else {"step": -1, "ids": []}
-            parts.setdefault(note["step"], {}).setdefault(start, set()).update(note["ids"])
-    joined: dict[int, list[int]] = {}
-    for step, starts in sorted(parts.items()):
-        whole = max(starts.values(), key=len)
-        assert all(seen <= whole for seen in starts.values()), f"step {step}: {starts}"
-        joined[step] = sorted(whole)
-    joined.pop(-1, None)
-    return {step: ids for step, ids in joined.items() if step < STEPS}
-
-
-def _pixels(place: Path, run: str) -> set[tuple[object, object]]:
-    return {
-        (note["step"], note["pixels"])
-        for note in _notes(place, run)
-        if int(str(note["step"])) < STEPS
-    }
-
-
-def _losses(place: Path, run: str) -> list[tuple[object, object, object]]:
-    lines = [json.loads(line) for line in (place / run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        (line["step"], line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "train"
-    ]
-
-
-def _weights(place: Path, run: str) -> dict[str, torch.Tensor]:
-    last = place / run / "checkpoints" / f"step_{STEPS:06d}" / "model.safetensors"
-    return load_file(last)

@@ -12,6 +12,7 @@ from finetune.recipe import FinetuneRecipe
 from tests.finetune.small_run import (
     QUIET,
     lines,
+    run_whole,
     small_recipe,
     unannounced,
     weights,
@@ -35,8 +36,8 @@ def test_a_worker_without_boxes_neither_hangs_nor_changes_what_is_learned(tmp_pa
     """Peers' bug 5."""
     train = write_boxes(tmp_path / "set", BOXES, {1: "ant", 2: "bee"}, (40, 56))
     told = (f"data.train={train}", *SAME)
-    _train(small_recipe(tmp_path, tmp_path / "one", *told), 1)
-    _train(small_recipe(tmp_path, tmp_path / "two", *told, "resources.workers=2"), 2)
+    run_whole(small_recipe(tmp_path, tmp_path / "one", *told))
+    _train_in_two(small_recipe(tmp_path, tmp_path / "two", *told, "resources.workers=2"))
     one, two = (lines(tmp_path / run, "train") for run in ("one", "two"))
     assert len(one) == len(two) == 2
     for ours, theirs in zip(two, one, strict=True):
@@ -55,20 +56,19 @@ def test_a_worker_without_boxes_neither_hangs_nor_changes_what_is_learned(tmp_pa
     assert two_judged[0]["eval/ar100"] == pytest.approx(one_judged[0]["eval/ar100"], abs=1e-6)
 
 
-def _train(recipe: FinetuneRecipe, workers: int) -> None:
-    run = Path(recipe.run)
-    meeting = run.parent / f"{run.name}-{len(list(run.parent.iterdir()))}.meeting"
-    torch.multiprocessing.spawn(_work, (recipe_yaml(recipe), str(meeting), workers), nprocs=workers)
+def _train_in_two(recipe: FinetuneRecipe) -> None:
+    meeting = f"{recipe.run}.meeting"
+    torch.multiprocessing.spawn(_work, (recipe_yaml(recipe), meeting), nprocs=2)
 
 
-def _work(rank: int, recipe_text: str, meeting: str, workers: int) -> None:
+def _work(rank: int, recipe_text: str, meeting: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
     )
     run_worker(
         load_recipe(FinetuneRecipe, recipe_text),
-        World(rank, workers, torch.device("cpu")),
+        World(rank, 2, torch.device("cpu")),
         lambda: False,
         lambda start, total: open_display(QUIET, start, total),
         unannounced,
