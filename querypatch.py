@@ -139,7 +139,9 @@ def predict(
         list[str], typer.Argument(help="Files, globs, folders, URLs; - reads a list from stdin.")
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for drawings and json.")],
-    threshold: Annotated[float, typer.Option(help="Least score of what is found, 0 to 1.")] = 0.5,
+    threshold: Annotated[
+        float | None, typer.Option(help="Least score, 0 to 1; default 0.5, of segments 0.85.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures at once.")] = 8,
     query: Annotated[
         list[str] | None,

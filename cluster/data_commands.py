@@ -2,15 +2,15 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from cluster.bars import open_bar, say
 from data.annotation_faults import AnnotationFault
-from data.detection_set import SetKind, open_detection_set
-from data.set_check import Depth, SetReport, check_detection_set
-from data.subsets import SubsetSettings, subset_ids, write_manifest
+from data.detection_set import SetKind
+from data.set_check import Depth, SetReport, check_detection_set, head_faults
 
 _SHOWN = 10
 """Faults of one kind that are told; all are in the file that `--out` names."""
@@ -21,39 +21,28 @@ def check_data(
     kind: SetKind | None,
     pictures: str | None,
     console: Console,
-    classes: Sequence[str] | None = None,
     depth: Depth = "headers",
+    num_classes: int | None = None,
     out: Path | None = None,
 ) -> bool:
     """Prints what the labelled set is and every kind of fault; true where none is an error.
 
-    `out` takes all faults, one a line. Errors of `check_detection_set` pass through.
+    With `num_classes` a label that such a head would learn as background is a fault. `out` takes
+    all faults, one a line. Errors of `check_detection_set` pass through.
     """
     with open_bar(console, "pictures") as advance:
         report = check_detection_set(
-            url, kind=kind, pictures=pictures, classes=classes, depth=depth, progress=advance
+            url, kind=kind, pictures=pictures, depth=depth, progress=advance
         )
+    if num_classes is not None:
+        faults = head_faults(url, report.classes, num_classes)
+        report = replace(report, faults=(*report.faults, *faults))
     for line in report_lines(report):
         say(console, line)
     if out is not None:
         out.write_text("".join(f"{fault.severity}: {fault}\n" for fault in report.faults))
         say(console, f"all {len(report.faults)} faults: {out}")
     return not report.errors
-
-
-def write_subset(
-    url: str,
-    kind: SetKind | None,
-    pictures: str | None,
-    settings: SubsetSettings,
-    destination: str,
-    console: Console,
-) -> None:
-    """Chooses a subset of the labelled set and writes its manifest; errors pass through."""
-    data = open_detection_set(url, kind=kind, pictures=pictures)
-    ids = subset_ids(data, settings)
-    write_manifest(destination, data, ids, settings)
-    say(console, f"{destination}: {len(ids)} of {data.index.num_samples} pictures of {url}")
 
 
 def report_lines(report: SetReport) -> Iterator[str]:

@@ -21,6 +21,9 @@ from finetune.predict import Device, device_of
 from finetune.predict_pictures import check_free, predict_pictures, write_predictions
 from finetune.weights_report import weights_report
 
+BOX_THRESHOLD = 0.5
+"""Least score of a box where none is asked for; that of segments is their own."""
+
 _LEFT_OUT_SHOWN = 20
 
 
@@ -61,7 +64,7 @@ def predict_files(
     weights: str,
     pictures: Sequence[str],
     out: Path,
-    threshold: float,
+    threshold: float | None,
     batch_size: int,
     queries: Sequence[str],
     device: Device,
@@ -104,7 +107,7 @@ def _predict(
     weights: str,
     pictures: Sequence[str],
     out: Path,
-    threshold: float,
+    threshold: float | None,
     batch_size: int,
     queries: Sequence[str],
     device: Device,
@@ -112,18 +115,21 @@ def _predict(
     advance: Callable[[int, int], None],
 ) -> PredictionsReport:
     """By what the weights are; a list of pictures is read from stdin where `-` is among them."""
+    least = BOX_THRESHOLD if threshold is None else threshold
     listed = [line.strip() for line in sys.stdin if line.strip()] if "-" in pictures else []
     if queries:
         check_free(out, overwrite)
         refs = find_pictures(pictures, listed)
         detector = load_one_shot(weights, queries, device=device)
-        return write_predictions(detector, refs, out, threshold, batch_size, advance)
+        return write_predictions(detector, refs, out, least, batch_size, advance)
     if open_weights(weights).kind == "panoptic":
         return predict_panoptic(
             weights,
             pictures,
             out,
-            settings=SegmentSettings(threshold=threshold),
+            settings=SegmentSettings()
+            if threshold is None
+            else SegmentSettings(threshold=threshold),
             device=device,
             overwrite=overwrite,
             listed=listed,
@@ -133,7 +139,7 @@ def _predict(
         weights,
         pictures,
         out,
-        threshold=threshold,
+        threshold=least,
         batch_size=batch_size,
         device=device,
         overwrite=overwrite,

@@ -95,16 +95,6 @@ def check_detection_set(
     return SetReport(url, chosen, depth, len(usable), listing.classes, counts, told)
 
 
-def class_faults(url: str, validation: Classes, training: Classes) -> tuple[AnnotationFault, ...]:
-    """A class that only the validation data at `url` have is an error: nothing ever finds it."""
-    problem = "is no class of the training data: rename it, or take it out"
-    return tuple(
-        AnnotationFault("error", "unknown class", url, f"class {name}", problem)
-        for name in validation.names
-        if name not in training.names
-    )
-
-
 def head_faults(url: str, classes: Classes, num_classes: int) -> tuple[AnnotationFault, ...]:
     """Labels that a head of `num_classes` would take for "no object" (its last output), by name.
 
@@ -138,20 +128,24 @@ def _picture_faults(
 
 
 def _file_faults(folder: Folder, depth: Depth, item: FileItem) -> tuple[AnnotationFault, ...]:
+    """Of the picture, and of the PNG of its segments where it has one."""
+    names = [item.name] if item.segments is None else [item.name, item.segments]
+    found = [_faults_of_file(folder, depth, name, item.width, item.height) for name in names]
+    return tuple(fault for faults in found for fault in faults)
+
+
+def _faults_of_file(
+    folder: Folder, depth: Depth, name: str, width: int, height: int
+) -> tuple[AnnotationFault, ...]:
     try:
         if depth == "headers":
-            return _size_faults(item.name, read_header(folder, item.name), item.width, item.height)
-        return _data_faults(
-            item.name,
-            folder.filesystem.cat_file(folder.at(item.name)),
-            depth,
-            item.width,
-            item.height,
-        )
+            return _size_faults(name, read_header(folder, name), width, height)
+        data = folder.filesystem.cat_file(folder.at(name))
+        return _data_faults(name, data, depth, width, height)
     except FileNotFoundError:
-        return (_error("missing picture", item.name, "no such file"),)
+        return (_error("missing picture", name, "no such file"),)
     except BrokenPicture as error:
-        return (_error("unreadable picture", item.name, str(error)),)
+        return (_error("unreadable picture", name, str(error)),)
 
 
 def _data_faults(

@@ -93,7 +93,7 @@ def test_a_detector_is_finetuned_judged_used_and_exported(tmp_path: Path) -> Non
     assert "COCO, 3 pictures of" in judged
     assert json.loads((tmp_path / "scores.json").read_text())["pictures"] == 3
     call("predict", run, sets / "val", "-o", tmp_path / "found", "--threshold", 0)
-    assert len(json.loads((tmp_path / "found/images.json").read_text())) == 3
+    assert len(json.loads((tmp_path / "found/images.json").read_text())["images"]) == 3
     assert len(list((tmp_path / "found").glob("**/*.jpg"))) == 3
     assert "hidden_dim" in call("weights", "show", run)
     call("export", run, tmp_path / "export")

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.data_commands import check_data, write_subset
-from data.subsets import SubsetSettings
+from cluster.data_commands import check_data
 from tests.data.labelled_files import box, image, write_json
 
 
@@ -51,10 +50,11 @@ def test_a_warning_alone_lets_the_job_start(tmp_path: Path) -> None:
     assert check_data(str(path), None, None, _console())
 
 
-def test_a_subset_is_written_as_a_manifest(tmp_path: Path) -> None:
-    images = [image(n, f"{n}.jpg") for n in range(10)]
-    path = write_json(tmp_path / "a.json", images, [], {4: "bee"})
-    console, out = _console(), tmp_path / "m.json"
-    write_subset(str(path), None, None, SubsetSettings(share=0.2), str(out), console)
-    assert f"{out}: 2 of 10 pictures of {path}" in _text(console)
-    assert out.is_file()
+def test_labels_that_a_foreign_head_would_learn_as_background_are_errors(tmp_path: Path) -> None:
+    path = write_json(
+        tmp_path / "a.json", [image(1, "a.jpg")], [box(1, 1, 4, (1, 1, 9, 2))], {4: "bee", 9: "ant"}
+    )
+    console = _console()
+    assert check_data(str(path), None, None, console, num_classes=2)
+    assert not check_data(str(path), None, None, console, num_classes=1)
+    assert "class ant (label 1)" in _text(console)

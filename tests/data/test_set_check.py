@@ -10,7 +10,7 @@ from data.annotation_faults import AnnotationFault
 from data.detection_set import open_detection_set
 from data.index import write_index
 from data.indexing import index_shards
-from data.set_check import SetReport, check_detection_set, class_faults, head_faults
+from data.set_check import SetReport, check_detection_set, head_faults
 from data.set_counts import SetCounts
 from data.shards import write_shards
 from data.sources import list_source
@@ -206,12 +206,6 @@ def test_labels_that_a_head_takes_for_background_are_named() -> None:
     (fault,) = head_faults("x", classes, 2)
     assert (fault.severity, fault.object) == ("error", "class cat (label 2)")
     assert "leave num_classes out, or say 3" in fault.problem
-
-
-def test_classes_that_only_validation_has_are_named() -> None:
-    training, validation = Classes(("ant", "bee"), (1, 2)), Classes(("bee", "cat"), (1, 2))
-    (fault,) = class_faults("val.json", validation, training)
-    assert str(fault).startswith("val.json, class cat: is no class of the training data")
 
 
 def test_sets_in_object_storage_are_checked_by_the_heads_of_their_files(
