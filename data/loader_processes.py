@@ -116,7 +116,7 @@ def url_for_processes(index: ShardIndex, storage_options: StorageOptions, proces
     """
     folder = open_folder(index.url, storage_options)
     if folder.is_local:
-        return folder.path
+        return folder.path or "/"
     if index.url.startswith("memory://") and processes:
         raise ValueError(
             f"{index.url} exists in this process only, so loader processes cannot read it; "

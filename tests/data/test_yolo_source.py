@@ -124,6 +124,19 @@ def test_a_wrong_line_is_named_by_file_and_number(
     assert source.left_out[0].name == "1.jpg"
 
 
+def test_a_turned_picture_with_more_pictures_behind_it_is_named_too(tmp_path: Path) -> None:
+    """MPO, as phones write it: its orientation was not read."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    (tmp_path / "images").mkdir()
+    picture = Image.new("RGB", (6, 4))
+    picture.save(
+        tmp_path / "images/1.jpg", "MPO", save_all=True, append_images=[picture], exif=turned
+    )
+    (tmp_path / "data.yaml").write_text(NAMES + "train: images\n")
+    assert [fault.kind for fault in _list(tmp_path / "data.yaml").faults] == ["turned picture"]
+
+
 def test_a_picture_that_is_gone_broken_or_turned_is_named(tmp_path: Path) -> None:
     path = write_yolo(tmp_path, {"1": "", "2": "", "3": ""}, f"train: all.txt\n{NAMES}")
     (tmp_path / "all.txt").write_text("".join(f"images/{n}.jpg\n" for n in (1, 2, 3, 4)))

@@ -1,6 +1,7 @@
 """The header that says what weights are."""
 
 import json
+import math
 
 import pytest
 
@@ -71,6 +72,17 @@ def test_no_credentials_get_into_a_header() -> None:
     assert artefact.provenance.run == "s3://bucket/run"
     assert artefact.provenance.init == ("https://host/w.pth",)
     assert artefact.provenance.data == "https://host/set#val"
+
+
+def test_a_chained_url_has_no_credentials_either() -> None:
+    url = "zip://w.pth::simplecache::s3://KEY:SECRET@bucket/w.zip"
+    assert without_credentials(url) == "zip://w.pth::simplecache::s3://bucket/w.zip"
+
+
+def test_a_number_that_does_not_exist_leaves_the_header_readable() -> None:
+    """AP of small objects where there are none: JSON would hold a null in its place."""
+    told = parsed(header(Provenance(metrics={"eval/ap": 0.5, "eval/ap_small": math.nan})))
+    assert told.provenance.metrics == {"eval/ap": 0.5}
 
 
 @pytest.mark.parametrize("url", ["/a/b?c", "s3://b/k#07-test", "file:///a/b", "memory://a/b"])

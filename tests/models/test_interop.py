@@ -1,13 +1,17 @@
 """Weights of others, in and out."""
 
 import argparse
+import contextlib
 import logging
+import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 import safetensors.torch
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from models.backbone import Backbone
@@ -127,18 +131,49 @@ def test_files_that_hold_no_state_dict_are_refused(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "numbers.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")
+    torch.save({"model": {}, "args": SimpleNamespace(lr=1e-4)}, tmp_path / "args.pth")
     (tmp_path / "page.pth").write_text("<html>not found</html>")
+    (tmp_path / "word.pth").write_text("hello")
+    (tmp_path / "bytes.pth").write_bytes(b"\x80\x02X\x02\x00\x00\x00\xff\xfe.")
+    (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "short.safetensors").write_bytes(b"\x08\x00")
     for name, complaint in (
         ("numbers.pth", "besides tensors it holds epoch, loss"),
         ("list.pth", "holds a list"),
         ("code.pth", "holds no plain tensors"),
-        ("page.pth", "holds no plain tensors"),
+        ("args.pth", r"\(Unsupported global: GLOBAL types.SimpleNamespace was not an allowed"),
+        ("page.pth", r"holds no plain tensors that torch.load can read \(Unsupported operand"),
+        ("word.pth", "holds no plain tensors"),
+        ("bytes.pth", "holds no plain tensors"),
+        ("empty.pth", "empty.pth is empty; fetch it again"),
         ("short.safetensors", "no.* whole safetensors file"),
     ):
         with pytest.raises(WeightsError, match=complaint) as caught:
             read_tensors(str(tmp_path / name))
         assert "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_checkpoint_is_an_error_of_one_line_wherever_the_damage_is(
+    tmp_path: Path,
+) -> None:
+    file, draws = tmp_path / "w.pth", random.Random(0)
+    torch.save({"w": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
+    whole = file.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[draws.randrange(len(damaged))] = draws.randrange(256)
+        file.write_bytes(damaged[: draws.randrange(1, len(damaged))])
+        with contextlib.suppress(WeightsError):
+            read_tensors(str(file))
+
+
+def test_a_signed_url_of_a_safetensors_file_is_known_by_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors?X-Amz-Signature=abc"
+    save_file({"w": torch.ones(3)}, file)
+    assert read_tensors(f"file://{file}")["w"].tolist() == [1, 1, 1]
 
 
 def test_a_published_checkpoint_with_its_command_line_is_read(tmp_path: Path) -> None:
