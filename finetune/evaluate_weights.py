@@ -1,8 +1,9 @@
 """`querypatch evaluate WEIGHTS DATA`: weights of any kind, judged on any labelled set.
 
 A detector by its boxes, one with a mask head by its segments where the data have some, a one-shot
-detector by the classes that it is asked for. All in float32, as papers do; a run in bfloat16 may
-have told slightly other numbers.
+detector by the classes that it is asked for. In float32, as papers do, but for a backbone that was
+frozen in training: it keeps the precision that it had there. A run in bfloat16 may have told
+slightly other numbers.
 """
 
 import logging

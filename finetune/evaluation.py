@@ -26,6 +26,7 @@ from finetune.coco_ap import CocoScores, score_coco
 from finetune.scores import Difficult, PictureDetections, PictureTruth
 from finetune.shares import ClassMap, JudgedPicture, Share, map_classes, predict_share
 from finetune.voc_ap import VocScores, score_voc
+from models.artefact import without_credentials
 from models.settings import Settings
 from models.structures import Classes
 from training.world import World, gather_objects
@@ -68,7 +69,7 @@ class Evaluation:
     """The numbers of a detector on a labelled set."""
 
     data: str
-    """The set, as the user wrote it."""
+    """The set, as the user wrote it but for credentials."""
     pictures: int
     """That were judged."""
     skipped: tuple[str, ...]
@@ -151,7 +152,7 @@ def score_shares(
     truths = [picture.truth for picture in found]
     detections = [picture.detections for picture in found]
     return Evaluation(
-        data=data.url,
+        data=without_credentials(data.url),
         pictures=len(found),
         skipped=tuple(sorted(name for share in shares for name in share.skipped)),
         missing=class_map.missing,

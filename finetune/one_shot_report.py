@@ -15,7 +15,7 @@ class OneShotEvaluation:
     """The numbers of a one-shot detector on a labelled set."""
 
     data: str
-    """The set, as the user wrote it."""
+    """The set, as the user wrote it but for credentials."""
     pictures: int
     """That were judged: those in which something was asked for."""
     questions: int

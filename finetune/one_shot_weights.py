@@ -12,7 +12,7 @@ import torch
 
 from finetune.artefacts import bare_tensors, fill, open_weights
 from finetune.transfer import resolved_settings, with_backbone
-from models.artefact import Artefact
+from models.artefact import Artefact, without_credentials
 from models.detector import DetectorSettings
 from models.interop.backbones import load_backbone
 from models.interop.checkpoint_files import WeightsError
@@ -94,7 +94,8 @@ def _asks_the_same(artefact: Artefact) -> bool:
 
 def _from_scratch(model: PatchDetector) -> LoadReport:
     backbone = load_backbone(model.detector.backbone)
-    weights = model.detector.settings.backbone.weights
+    given = model.detector.settings.backbone.weights
+    weights = given and without_credentials(given)
     loaded = tuple(f"detector.backbone.body.{name}" for name in backbone.loaded)
     return LoadReport(
         loaded=loaded,

@@ -7,6 +7,7 @@ a class that the data do not have become void and are counted.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,7 @@ from finetune.panoptic_quality import (
     quality_table,
 )
 from finetune.shares import ClassMap, map_classes
+from models.artefact import without_credentials
 from models.mask_head import PanopticDetector
 from models.structures import Classes
 from training.world import World, gather_objects
@@ -40,7 +42,7 @@ class PanopticEvaluation:
     """The numbers of a detector with a mask head on a labelled set."""
 
     data: str
-    """The set, as the user wrote it."""
+    """The set, as the user wrote it but for credentials."""
     quality: PanopticQuality
     skipped: tuple[str, ...]
     """Pictures that could not be read, and why; they count in no number."""
@@ -50,8 +52,8 @@ class PanopticEvaluation:
     """Segments of each class of the detector that the data do not have."""
 
     def metrics(self) -> dict[str, float]:
-        """`pq`, `sq`, `rq` and those of things and stuff, where they exist."""
-        return self.quality.metrics()
+        """`pq`, `sq`, `rq` and those of things and stuff, where they exist; skipped pictures."""
+        return {**self.quality.metrics(), "skipped": float(len(self.skipped))}
 
     def content(self) -> dict[str, object]:
         """Everything, as JSON."""
@@ -59,7 +61,7 @@ class PanopticEvaluation:
         return {
             "data": self.data,
             "pictures": self.quality.pictures,
-            "numbers": self.metrics(),
+            "numbers": self.quality.metrics(),
             "classes": by_class,
             "skipped": list(self.skipped),
             "missing_classes": list(self.missing),
@@ -117,8 +119,11 @@ def evaluate_panoptic(
         world.device,
         reading or ReadingSettings(),
     )
-    told = _counted(batches, len(ids), progress) if progress else batches
-    with torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with (
+        closing(batches) as open_batches,
+        torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        told = _counted(open_batches, len(ids), progress) if progress else open_batches
         share = _share(model, told, data, model_classes, class_map, segments)
     shares = gather_objects(share)
     return lambda: _scored(shares, data, class_map)
@@ -207,7 +212,7 @@ def _scored(
         left_out.update(share.left_out)
     pictures = [picture for share in shares for picture in share.pictures]
     return PanopticEvaluation(
-        data=data.url,
+        data=without_credentials(data.url),
         quality=panoptic_quality(pictures, data.classes),
         skipped=tuple(sorted(told for share in shares for told in share.skipped)),
         missing=class_map.missing,

@@ -1,7 +1,7 @@
 """The recipe of a finetuning run: detector, weights, labelled pictures, schedule."""
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Literal, Self, assert_never
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from data.loader import StreamSettings
 from data.order import OrderSettings
 from data.subsets import SubsetSettings
 from finetune.evaluation import EvaluationSettings
+from finetune.metric_names import QUALITY_NAMES, number_names, one_shot_names
 from finetune.one_shot import OneShotSettings
 from finetune.panoptic import PanopticSettings
 from models.detector import DetectorSettings
@@ -103,8 +104,8 @@ class FinetuneRecipe(RunRecipe):
         self.check_workers()
         if (self.init is None) != self.from_scratch:
             raise ValueError(
-                f"init={self.init} and from_scratch={self.from_scratch}: name the weights to start "
-                "from with init=, or say from_scratch=true"
+                f"init={self.init or 'null'} and from_scratch={str(self.from_scratch).lower()}: "
+                "name the weights to start from with init=, or say from_scratch=true"
             )
         if self.from_scratch and self.model.backbone.weights is None:
             raise ValueError(
@@ -117,32 +118,40 @@ class FinetuneRecipe(RunRecipe):
                 "early_stop and checkpoints.best_metric wait for every evaluation; use them with "
                 "loop.score_in_background=false"
             )
-        if self.task == "detect":
-            self._check_metric("best_metric", self.best_metric)
-            if self.early_stop is not None:
-                self._check_metric("early_stop.metric", self.early_stop.metric)
-        if self.task == "one_shot" and not self.best_metric.endswith("seen_ap50"):
-            raise ValueError(
-                f"best_metric={self.best_metric} is no number of task=one_shot; use "
-                "eval/seen_ap50, or eval/voc07_seen_ap50 with evaluation.protocols=[voc07]"
-            )
         if self.task == "panoptic" and self.from_scratch:
             raise ValueError(
                 "task=panoptic trains a mask head on a finished detector; name it with init=, a "
                 "run of task=detect on the same classes"
             )
+        self._check_metric("best_metric", self.best_metric)
+        if self.early_stop is not None:
+            self._check_metric("early_stop.metric", self.early_stop.metric)
+        if self.checkpoints.best_metric is not None:
+            self._check_metric("checkpoints.best_metric", self.checkpoints.best_metric)
         return self
 
     def _check_metric(self, key: str, metric: str) -> None:
-        """Holds a metric of task detect to the protocols that give it."""
-        known = metric.removeprefix("eval/")
-        word = known.split("_")[0] if known.startswith("voc") else "coco"
-        if word not in self.evaluation.protocols:
+        """A metric that no evaluation gives would keep and stop nothing, without a word."""
+        given = [f"eval/{name}" for name in self._numbers()]
+        if metric not in given:
+            asked = f"evaluation.protocols={list(self.evaluation.protocols)}"
             raise ValueError(
-                f"{key}={metric} needs {word} among evaluation.protocols="
-                f"{list(self.evaluation.protocols)}; add it, or name another metric, e.g. "
-                "eval/voc07_ap50"
+                f"{key}={metric} is no number of task={self.task} with {asked}; use one of "
+                f"{', '.join(given)}"
             )
+
+    def _numbers(self) -> tuple[str, ...]:
+        """What the evaluations of this recipe may tell, by name."""
+        settings = self.evaluation
+        match self.task:
+            case "detect":
+                return number_names(settings.protocols, settings.max_detections)
+            case "one_shot":
+                return one_shot_names(settings.protocols)
+            case "panoptic":
+                return QUALITY_NAMES
+            case _:
+                assert_never(self.task)
 
 
 def users_keys(values: Mapping[str, object]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from data.evaluation_batches import EvaluationBatch
 from finetune.scores import PictureDetections, PictureTruth, truth_of
+from models.interop.class_names import match_names
 from models.postprocess import detections
 from models.structures import Classes, DetectorOutput, Images, LayerOutput
 
@@ -58,11 +59,16 @@ class ClassMap:
 def map_classes(model: Classes, data: Classes) -> ClassMap:
     """Which class of the data each class of the model is.
 
+    The very name comes first; else case does not matter, and `tvmonitor` is `tv`, as where class
+    heads are carried over (`models.interop.class_names`).
+
     Raises:
         ValueError: none of the model's classes is in the data.
     """
     places = {name: label for label, name in enumerate(data.names)}
-    labels = np.array([places.get(name, -1) for name in model.names], np.int64)
+    like = [-1 if label is None else label for label in match_names(model, data)]
+    pairs = zip(model.names, like, strict=True)
+    labels = np.array([places.get(name, other) for name, other in pairs], np.int64)
     if not (labels >= 0).any():
         raise ValueError(
             f"no class of the detector ({_few(model.names)}) is one of the data "
@@ -70,8 +76,8 @@ def map_classes(model: Classes, data: Classes) -> ClassMap:
         )
     return ClassMap(
         labels=labels,
-        missing=tuple(name for name in data.names if name not in set(model.names)),
-        unknown=tuple(name for name in model.names if name not in places),
+        missing=tuple(name for n, name in enumerate(data.names) if n not in labels),
+        unknown=tuple(name for name, n in zip(model.names, labels, strict=True) if n < 0),
     )
 
 

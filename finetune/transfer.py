@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.artefacts import BESIDE, bare_tensors, fill, open_weights
-from models.artefact import Artefact
+from models.artefact import Artefact, without_credentials
 from models.detector import Detector, DetectorSettings
 from models.interop.backbones import RANDOM_WEIGHTS, load_backbone
 from models.interop.checkpoint_files import WeightsError
@@ -96,7 +96,8 @@ def with_backbone(detector: Detector, report: LoadReport) -> LoadReport:
     if weights is None or weights == RANDOM_WEIGHTS:
         return _noted(report, "backbone: that of init")
     replaced = load_backbone(detector.backbone)
-    note = f"backbone: that of model.backbone.weights={weights}, not that of init"
+    shown = without_credentials(weights)
+    note = f"backbone: that of model.backbone.weights={shown}, not that of init"
     if replaced.new:
         names = {f"backbone.{name}" for name in replaced.new}
         loaded = tuple(name for name in report.loaded if name not in names)
@@ -150,7 +151,8 @@ def _leaves(settings: DetectorSettings) -> Iterator[tuple[str, object]]:
 def _from_scratch(detector: Detector) -> LoadReport:
     backbone = load_backbone(detector.backbone)
     loaded = tuple(f"backbone.body.{name}" for name in backbone.loaded)
-    weights = detector.settings.backbone.weights
+    given = detector.settings.backbone.weights
+    weights = given and without_credentials(given)
     return LoadReport(
         loaded=loaded,
         reshaped=(),

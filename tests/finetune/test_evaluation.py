@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,30 @@ def test_detections_that_are_no_numbers_are_left_out_and_counted(tmp_path: Path)
     assert evaluation.not_finite == 7
     assert evaluation.metrics()["ap50"] == pytest.approx(1.0)
     assert "7 detections are not numbers" in evaluation_text(evaluation)
+
+
+def test_a_detector_of_coco_is_judged_on_voc_by_the_names_that_differ() -> None:
+    """As class heads are carried over: six of VOC's classes have another name in COCO."""
+    coco = Classes(("tv", "Person", "zebra", "airplane"), (72, 1, 24, 5))
+    voc = Classes(("aeroplane", "cow", "person", "tvmonitor"), (1, 10, 15, 20))
+    found = map_classes(coco, voc)
+    assert found.labels.tolist() == [3, 2, -1, 0]
+    assert (found.missing, found.unknown) == (("cow",), ("zebra",))
+
+
+def test_the_very_name_of_a_class_goes_before_all_that_are_like_it() -> None:
+    names = Classes(("Cat", "tv", "cat", "tvmonitor"), (1, 2, 3, 4))
+    found = map_classes(names, names)
+    assert found.labels.tolist() == [0, 1, 2, 3]
+    assert (found.missing, found.unknown) == ((), ())
+
+
+def test_no_credentials_get_into_tables_and_json(tmp_path: Path) -> None:
+    data = made_set(tmp_path, RECTANGLES[:2])
+    signed = replace(data, url="https://me:SECRET@host/set.json?sig=SECRET#val")
+    evaluation = evaluate_detector(RectangleFinder(), signed, COLOURS, SETTINGS, ALONE)()
+    assert evaluation.data == "https://host/set.json#val"
+    assert "SECRET" not in evaluation_text(evaluation) + json.dumps(evaluation_json(evaluation))
 
 
 def test_no_class_in_common_is_an_error() -> None:
