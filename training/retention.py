@@ -1,6 +1,5 @@
 """Which checkpoints stay: the last few, the best by a metric, and one every so many steps. Pure."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -35,12 +34,10 @@ def expired(checkpoints: Sequence[Manifest], settings: RetentionSettings) -> tup
 
 
 def best_of(checkpoints: Sequence[Manifest], settings: RetentionSettings) -> Manifest | None:
-    """The best by the settings' metric, the first of equals; None where none has a number."""
+    """The best by the settings' metric, the first of equals; None where none was measured."""
     metric = settings.best_metric
-    if metric is None:
-        return None
-    measured = [c for c in checkpoints if not math.isnan(c.metrics.get(metric, math.nan))]
-    if not measured:
+    measured = [c for c in checkpoints if metric is not None and metric in c.metrics]
+    if metric is None or not measured:
         return None
     sign = 1.0 if settings.best_is == "max" else -1.0
     return max(measured, key=lambda checkpoint: sign * checkpoint.metrics[metric])

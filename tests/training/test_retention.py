@@ -1,11 +1,9 @@
 """Which checkpoints stay, and the manifest that tells of them."""
 
-import math
-
 import pytest
 
 from training.manifest import Manifest, parse_manifest
-from training.retention import RetentionSettings, best_of, expired
+from training.retention import RetentionSettings, expired
 
 
 def checkpoint(step: int, **metrics: float) -> Manifest:
@@ -61,10 +59,3 @@ def test_a_foreign_manifest_is_refused_in_one_line(data: bytes, message: str) ->
     with pytest.raises(ValueError, match=message) as caught:
         parse_manifest(data)
     assert "\n" not in str(caught.value)
-
-
-def test_a_metric_that_is_not_a_number_is_never_the_best() -> None:
-    settings = RetentionSettings(best_metric="ap")
-    nan, low, high = checkpoint(10, ap=math.nan), checkpoint(20, ap=0.1), checkpoint(30, ap=0.2)
-    assert best_of([nan, low, high], settings) is high
-    assert best_of([nan], settings) is None
