@@ -95,9 +95,9 @@ def test_a_detector_is_finetuned_judged_used_and_exported(tmp_path: Path) -> Non
     call("predict", run, sets / "val", "-o", tmp_path / "found", "--threshold", 0)
     assert len(json.loads((tmp_path / "found/images.json").read_text())["images"]) == 3
     assert len(list((tmp_path / "found").glob("**/*.jpg"))) == 3
-    assert "hidden_dim" in call("weights", "show", run)
+    assert "best/model.safetensors" in call("weights", "show", run)
     call("export", run, tmp_path / "export")
-    assert "hidden_dim" in call("weights", "show", tmp_path / "export")
+    assert "box head " in call("weights", "show", tmp_path / "export")
     assert "exists" in call("export", run, tmp_path / "export", status=1)
 
 
