@@ -59,6 +59,8 @@ SourceKind = Literal["classes", "folder", "list", "tars", "coco", "voc", "yolo"]
 SetKind = Literal["shards", "coco", "coco_panoptic", "voc", "yolo"]
 ExportFormat = Literal["querypatch", "detr", "hf", "onnx"]
 Depth = Literal["annotations", "headers", "pixels"]
+Kind = Annotated[SetKind | None, typer.Option(help="What DATA is; default: found out.")]
+PicturesFolder = Annotated[str | None, typer.Option(help="Folder of a COCO json's pictures.")]
 Url = Annotated[str, typer.Argument(help="Folder: a path or any fsspec URL.")]
 
 
@@ -123,13 +125,17 @@ def evaluate(
         typer.Argument(metavar="[KEY=VALUE]...", help="Of evaluation, e.g. max_pictures=500."),
     ] = None,
     device: Device = "auto",
+    kind: Kind = None,
+    pictures: PicturesFolder = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON to write as well.")] = None,
 ) -> None:
     """Judge weights on a labelled set: COCO's twelve numbers or VOC's AP, by class."""
     with _one_line_errors():
         from cluster.weight_commands import evaluate_weights
 
-        evaluate_weights(weights, data, overrides or [], device, out, Console(), _console())
+        evaluate_weights(
+            weights, data, overrides or [], device, out, Console(), _console(), kind, pictures
+        )
 
 
 @app.command()
@@ -190,8 +196,8 @@ def weights_show(source: Weights) -> None:
 @data_app.command("check")
 def data_check(
     data: LabelledSet,
-    kind: Annotated[SetKind | None, typer.Option(help="What DATA is; default: found out.")] = None,
-    pictures: Annotated[str | None, typer.Option(help="Folder of a COCO json's pictures.")] = None,
+    kind: Kind = None,
+    pictures: PicturesFolder = None,
     depth: Annotated[Depth, typer.Option(help="How much of each picture is read.")] = "headers",
     num_classes: Annotated[
         int | None, typer.Option(help="Of a head made elsewhere: has every label its output?")
@@ -242,7 +248,7 @@ def shards_write(
     ],
     destination: Url,
     kind: Annotated[SourceKind | None, typer.Option(help="What SOURCE is.")] = None,
-    pictures: Annotated[str | None, typer.Option(help="Folder of a COCO json's pictures.")] = None,
+    pictures: PicturesFolder = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Files to pass over: *.txt")] = None,
     hold_out: Annotated[
         int, typer.Option(help="Pictures to hold out: DESTINATION/held_out beside .../train.")
@@ -304,6 +310,8 @@ def show_data(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Of data.augment, e.g. kind=none."),
     ] = None,
+    kind: Kind = None,
+    pictures: PicturesFolder = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")] = Path("data.png"),
     count: Annotated[int, typer.Option(help="Pictures to draw.")] = 12,
 ) -> None:
@@ -311,7 +319,7 @@ def show_data(
     with _one_line_errors():
         from finetune.show_data import draw_data
 
-        drawn = draw_data(data, out, count, overrides=overrides or [])
+        drawn = draw_data(data, out, count, overrides=overrides or [], kind=kind, pictures=pictures)
         for picture in drawn.skipped:
             typer.secho(f"skipped {picture}", err=True)
         typer.echo(f"wrote {out}: {drawn.num_pictures} pictures, {drawn.num_boxes} boxes")

@@ -9,6 +9,7 @@ from typing import Protocol
 from rich.console import Console
 
 from cluster.bars import open_bar, say
+from data.detection_set import SetKind
 from finetune.artefacts import open_weights
 from finetune.evaluate_weights import judge_weights
 from finetune.export import ExportFormat, export
@@ -49,10 +50,14 @@ def evaluate_weights(
     out: Path | None,
     tables: Console,
     console: Console,
+    kind: SetKind | None = None,
+    pictures: str | None = None,
 ) -> None:
     """Prints the numbers of weights on a labelled set to `tables`; errors pass through."""
     with open_bar(console, "pictures") as advance:
-        judged = judge_weights(weights, data, overrides, device_of(device), advance)
+        judged = judge_weights(
+            weights, data, overrides, device_of(device), advance, kind=kind, pictures=pictures
+        )
     say(tables, judged.text)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

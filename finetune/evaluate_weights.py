@@ -13,7 +13,7 @@ from typing import assert_never
 
 import torch
 
-from data.detection_set import DetectionSet, open_detection_set
+from data.detection_set import DetectionSet, SetKind, open_detection_set
 from data.evaluation_batches import EvaluationSizes
 from finetune.artefacts import build_detector, open_weights
 from finetune.evaluation import Evaluation, EvaluationSettings, Progress, evaluate_detector
@@ -58,10 +58,14 @@ def judge_weights(
     overrides: Sequence[str],
     device: torch.device,
     progress: Progress | None = None,
+    *,
+    kind: SetKind | None = None,
+    pictures: str | None = None,
 ) -> Judged:
     """The evaluation of the weights in a file, folder or run on the labelled set at `data_url`.
 
-    `overrides` are `key=value` of `JudgeSettings`. Pictures have the size that the weights were
+    `overrides` are `key=value` of `JudgeSettings`; `kind` and `pictures` are those of
+    `open_detection_set`. Pictures have the size that the weights were
     made for, where `sizes` is not among them.
 
     Raises:
@@ -72,7 +76,7 @@ def judge_weights(
     """
     settings = load_recipe(JudgeSettings, {}, overrides)
     artefact = open_weights(source)
-    data = open_detection_set(data_url)
+    data = open_detection_set(data_url, kind=kind, pictures=pictures)
     fitting = settings.model_copy(update={"sizes": _sizes(artefact, settings)})
     return _told(_judged(artefact, data, fitting, device, progress))
 

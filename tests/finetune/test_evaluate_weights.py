@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from typer.testing import CliRunner
 
 from data.detection_set import open_detection_set
 from data.evaluation_batches import EvaluationSizes
@@ -19,6 +20,7 @@ from models.detector import Detector, DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.mask_head import MaskHeadSettings, PanopticDetector
 from models.one_shot import one_shot_detector, one_shot_settings
+from querypatch import app
 from tests.finetune.small_detector import (
     CLASSES,
     INPUT,
@@ -89,6 +91,23 @@ def test_the_command_s_keys_are_those_of_the_evaluation(tmp_path: Path) -> None:
     assert "voc07_ap50" in judged.text
     with pytest.raises(RecipeError, match="protocol"):
         judge_weights(weights, url, ["protocol=[voc07]"], CPU)
+
+
+def test_pictures_that_lie_elsewhere_are_judged_and_shown_by_their_folder(tmp_path: Path) -> None:
+    """As a run is told by `data.validation_pictures`."""
+    weights = tmp_path / "model.safetensors"
+    write_weights(weights)
+    url = coco_set(tmp_path, NAMES)
+    elsewhere = (tmp_path / "val").rename(tmp_path / "elsewhere")
+    told = ["--kind", "coco", "--pictures", str(elsewhere)]
+    scores, sheet = tmp_path / "scores.json", tmp_path / "data.png"
+    judged = ["evaluate", str(weights), url, "processes=0", "--device", "cpu", "-o", str(scores)]
+    shown = ["show", "data", url, "--count", "2", "-o", str(sheet)]
+    for command in (judged, shown):
+        assert CliRunner().invoke(app, command).exit_code == 1
+        assert CliRunner().invoke(app, [*command, *told]).exit_code == 0
+    assert json.loads(scores.read_text())["pictures"] == 5
+    assert sheet.stat().st_size > 0
 
 
 def test_pretraining_s_weights_know_no_classes(tmp_path: Path) -> None:
