@@ -90,6 +90,7 @@ def test_costs_are_float32_under_autocast() -> None:
 
 
 def test_a_prediction_that_is_not_a_number_is_named_with_layer_and_picture() -> None:
+    """Peers' bug 6: a cost that is not a number is never replaced, by whatever maximum."""
     logits, boxes = predictions(2, 3, 4)
     boxes[1, 2, 3, 0] = torch.nan
     with pytest.raises(UnmatchableError, match=r"decoder layer 1, picture 2 .* query 3 .*nan"):
