@@ -16,7 +16,13 @@ from pathlib import Path
 import torch
 
 from models.settings import Settings
-from training.recipe import RecipeError, parse_recipe, recipe_differences, recipe_yaml
+from training.recipe import (
+    RecipeError,
+    load_recipe,
+    parse_recipe,
+    recipe_differences,
+    recipe_yaml,
+)
 from training.run_folder import RunFolder
 from training.world import World
 
@@ -60,14 +66,17 @@ def begin_record(folder: RunFolder, recipe: Settings, start_step: int, world: Wo
 def check_same_recipe(folder: RunFolder, recipe: Settings, may_differ: Sequence[str] = ()) -> None:
     """Holds a resumed run to the recipe stored with it.
 
-    `may_differ` are keys, or sections ending in a dot, that change nothing of what is learned.
+    `may_differ` are keys, or sections ending in a dot, that change nothing of what is learned. A
+    key that the run's version did not know yet counts at its default, which is what it did then.
 
     Raises:
-        RecipeError: it differs; one line per key, with both values.
+        RecipeError: it differs; one line per key, with both values. Or the stored recipe is none of
+            this version.
     """
-    stored = read_recipe_values(folder)
-    if stored is None:
+    values = read_recipe_values(folder)
+    if values is None:
         return
+    stored = load_recipe(type(recipe), values).model_dump(mode="json")
     allowed = tuple(may_differ)
     differences = [
         line

@@ -1,6 +1,7 @@
 """Checks before a job: what is wrong is said at once, in one line, and nothing is lost."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,17 @@ def test_a_resumed_run_may_change_its_workers_and_loader_processes(run: Path) ->
     overrides = ["resources.workers=2", "data.stream.processes=1", "loop.log_every=9"]
     recipe = resumed_recipe(str(run), overrides)
     assert (recipe.resources.workers, recipe.data.stream.processes) == (2, 1)
+
+
+def test_a_run_of_the_version_before_finetuning_resumes(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    place = tmp_path / "run/recipe.yaml"
+    new = ("stage:", "  evaluate_every_epochs:", "  score_in_background:")
+    lines = place.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(new)]
+    assert len(kept) == len(lines) - len(new)
+    place.write_text("".join(kept).replace(f"run: {run}", f"run: {tmp_path / 'run'}"))
+    assert resumed_recipe(str(tmp_path / "run"), []).stage == "pretrain"
 
 
 def test_another_recipe_is_refused_with_the_differing_keys(run: Path) -> None:

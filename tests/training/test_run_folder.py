@@ -187,6 +187,19 @@ def test_a_resume_with_another_recipe_is_refused_with_the_keys(tmp_path: Path) -
     )
 
 
+def test_a_run_from_before_a_key_resumes_with_its_default_and_no_other(tmp_path: Path) -> None:
+    """Every pretraining run of the version before finetuning was refused: it had no `stage`."""
+    folder = open_run_folder(str(tmp_path))
+    begin_record(folder, Recipe(), 0, ALONE)
+    lines = (tmp_path / "recipe.yaml").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith("workers:")]
+    assert len(kept) == len(lines) - 1
+    (tmp_path / "recipe.yaml").write_text("".join(kept))
+    check_same_recipe(folder, Recipe())
+    with pytest.raises(RecipeError, match=r"differ:\n  workers: 1 -> 2$"):
+        check_same_recipe(folder, Recipe(workers=2))
+
+
 def test_the_first_signal_asks_to_stop_and_the_second_does_what_it_did() -> None:
     flag = StopFlag()
     heard: list[int] = []
