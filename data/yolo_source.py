@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from data.annotation_faults import CheckedAnnotation, checked, unusable
+from data.annotation_faults import AnnotationFault, CheckedAnnotation, checked, unusable
 from data.annotations import BoxAnnotation
 from data.picture_headers import PictureHeader, read_header
 from data.pictures import BrokenPicture
@@ -29,8 +29,9 @@ _THREADS = 32
 def list_yolo(place: Folder, split: str | None = None) -> Source:
     """The pictures of a split of a data.yaml (`train` unless named), with their boxes.
 
-    A picture without a label file has no boxes, as in Ultralytics. One that is not there or is
-    broken, or with a line that cannot be used, is left out, with a fault.
+    A picture without a label file has no boxes, as in Ultralytics; that none has a box is a fault.
+    One that is not there or is broken, or with a line that cannot be used, is left out, with a
+    fault.
     Raises SourceError where that is no data.yaml, or has no such split, or it holds no picture.
     """
     data = _read_yaml(place)
@@ -42,6 +43,8 @@ def list_yolo(place: Folder, split: str | None = None) -> Source:
     names = [_below(folder, path) for path in paths]
     items, spoilt = annotated_items(unique_keys(names), names, read)
     faults = tuple(fault for one in read for fault in one.faults)
+    if items and not any(one.annotation.names for one in read if one.annotation):
+        faults += (_no_boxes(place, paths),)
     return Source(folder, "yolo", items, tuple(spoilt), classes, faults=faults)
 
 
@@ -141,6 +144,15 @@ def _common_folder(place: Folder, paths: Sequence[str]) -> Folder:
     path = posixpath.commonpath([posixpath.dirname(path) for path in paths])
     url = path if place.is_local else place.filesystem.unstrip_protocol(path)
     return Folder(url, place.filesystem, path)
+
+
+def _no_boxes(place: Folder, paths: Sequence[str]) -> AnnotationFault:
+    """Labels that lie elsewhere would make a set of background, without a word."""
+    problem = (
+        f"none of {len(paths)} pictures has a box; the label file of {paths[0]} is looked for at "
+        f"{label_path(paths[0])}: put the labels there"
+    )
+    return AnnotationFault("error", "missing annotation", place.url, None, problem)
 
 
 def _below(folder: Folder, path: str) -> str:

@@ -46,10 +46,24 @@ def test_a_line_is_a_box_in_shares_or_a_polygon(tmp_path: Path) -> None:
 
 
 def test_a_picture_without_labels_is_background(tmp_path: Path) -> None:
-    path = write_yolo(tmp_path, {"a": None, "b": ""}, f"train: images\n{NAMES}")
-    source = _list(path)
+    labels = {"a": None, "b": "", "c": "1 .5 .5 .1 .1"}
+    source = _list(write_yolo(tmp_path, labels, f"train: images\n{NAMES}"))
     assert source.faults == ()
-    assert [_annotation(source, number).names for number in range(2)] == [(), ()]
+    assert [_annotation(source, number).names for number in range(3)] == [(), (), ("bee",)]
+
+
+def test_labels_that_are_nowhere_to_be_found_are_a_fault_that_says_where(tmp_path: Path) -> None:
+    """All pictures would be background, without a word."""
+    write_pictures(tmp_path / "pictures", ["1.jpg", "2.jpg"])
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "1.txt").write_text("1 .5 .5 .1 .1")
+    (tmp_path / "data.yaml").write_text(f"train: pictures\n{NAMES}")
+    (fault,) = _list(tmp_path / "data.yaml").faults
+    assert (fault.severity, fault.kind) == ("error", "missing annotation")
+    assert fault.problem == (
+        f"none of 2 pictures has a box; the label file of {tmp_path}/pictures/1.jpg is looked for "
+        f"at {tmp_path}/pictures/1.txt: put the labels there"
+    )
 
 
 def test_splits_are_folders_lists_or_several_of_them(tmp_path: Path) -> None:
@@ -112,7 +126,7 @@ def test_labels_lie_where_the_last_images_of_the_path_is(picture: str, label: st
 def test_a_wrong_line_is_named_by_file_and_number(
     tmp_path: Path, line: str, kind: str, problem: str
 ) -> None:
-    labels = {"1": f"\n1 .5 .5 .1 .1\n{line}\n", "2": None}
+    labels = {"1": f"\n1 .5 .5 .1 .1\n{line}\n", "2": "1 .5 .5 .1 .1"}
     source = _list(write_yolo(tmp_path, labels, f"train: images\n{NAMES}"))
     assert _names(source) == ["2.jpg"]
     (fault,) = source.faults
@@ -138,7 +152,9 @@ def test_a_turned_picture_with_more_pictures_behind_it_is_named_too(tmp_path: Pa
 
 
 def test_a_picture_that_is_gone_broken_or_turned_is_named(tmp_path: Path) -> None:
-    path = write_yolo(tmp_path, {"1": "", "2": "", "3": ""}, f"train: all.txt\n{NAMES}")
+    path = write_yolo(
+        tmp_path, {"1": "", "2": "", "3": "0 .5 .5 .1 .1"}, f"train: all.txt\n{NAMES}"
+    )
     (tmp_path / "all.txt").write_text("".join(f"images/{n}.jpg\n" for n in (1, 2, 3, 4)))
     (tmp_path / "images/1.jpg").write_bytes(b"no picture")
     turned = Image.Exif()
