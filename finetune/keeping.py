@@ -2,7 +2,8 @@
 
 The best weights lie in `best/model.safetensors`, one file with its step and metrics in the header,
 so that it is whole or not there. They are those of the evaluation, the moving average where there
-is one. The evaluation before the first update is never the best.
+is one. The evaluation before the first update is never the best; of weights that a store did not
+take the next best ones take the place.
 """
 
 import json
@@ -51,6 +52,8 @@ class Keeper:
         self._best = history_of(folder, best_metric)
         self._watched = history_of(folder, early_stop.metric) if early_stop else []
         self._told = Judgement({})
+        self._lost = set[int]()
+        """Steps whose weights should have been kept and could not be stored."""
 
     def hear(self, judgement: Judgement) -> Mapping[str, float]:
         """Takes the newest judgement, which `judge` is called with next; its metrics."""
@@ -68,7 +71,8 @@ class Keeper:
             lambda: self._store_table(evaluated.step, content),
         )
         self._best = _continued(self._best, evaluated, self._best_metric)
-        if best_step(self._best) == evaluated.step:
+        there = [entry for entry in self._best if entry[0] not in self._lost]
+        if best_step(there) == evaluated.step:
             self._uploads.submit("the best weights", lambda: self._store_best(evaluated))
         if self._early_stop is None:
             return False
@@ -88,10 +92,14 @@ class Keeper:
 
     def _store_best(self, evaluated: Evaluated) -> None:
         weights: dict[str, Tensor] = dict(evaluated.weights)
-        with self._folder.spool() as spool:
-            header = {**self._metadata(evaluated), "format": "pt"}
-            save_file(weights, spool / MODEL, metadata=header)
-            self._folder.put(spool / MODEL, f"{BEST}/{MODEL}")
+        try:
+            with self._folder.spool() as spool:
+                header = {**self._metadata(evaluated), "format": "pt"}
+                save_file(weights, spool / MODEL, metadata=header)
+                self._folder.put(spool / MODEL, f"{BEST}/{MODEL}")
+        except OSError:
+            self._lost.add(evaluated.step)
+            raise
 
 
 def history_of(folder: RunFolder, metric: str) -> list[tuple[int, float]]:

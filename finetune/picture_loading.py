@@ -86,9 +86,11 @@ def _drawing_names(refs: Sequence[PictureRef]) -> list[str]:
     taken: set[str] = set()
     names = []
     for ref in refs:
-        path = PurePosixPath(*(part for part in PurePosixPath(ref.name).parts if part != ".."))
+        parts = [part for part in PurePosixPath(ref.name).parts if part not in ("/", "..")]
+        # A URL may have no name but a query: https://host/?id=3.
+        path = PurePosixPath(*parts or ("picture",))
         ending = ".png" if path.suffix.lower() == ".png" else ".jpg"
-        stem = str(path.with_suffix("")).lstrip("/")
+        stem = str(path.with_suffix(""))
         name, count = f"{stem}{ending}", 1
         # Case is ignored, as it is by the file systems of two of three laptops.
         while name.lower() in taken:

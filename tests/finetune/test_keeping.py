@@ -13,7 +13,7 @@ from finetune.task import Judgement
 from training.early_stop import EarlyStopSettings
 from training.job import Evaluated
 from training.metrics import Journal
-from training.run_folder import RunFolder, open_run_folder
+from training.run_folder import Patience, RunFolder, open_run_folder
 from training.uploads import Uploads
 
 
@@ -61,6 +61,26 @@ def test_the_sanity_evaluation_is_never_the_best(folder: RunFolder) -> None:
     judged(keeper, 2, 0.1)
     uploads.close()
     assert best(folder) == ("2", 2.0)
+
+
+def test_weights_that_could_not_be_stored_make_room_for_the_next_best(tmp_path: Path) -> None:
+    """Else `best/` would hold, to the end, what was the best before the store was away."""
+    folder = open_run_folder(str(tmp_path), patience=Patience(attempts=1))
+    uploads = Uploads()
+    keeper = keeper_of(folder, uploads)
+    judged(keeper, 2, 0.3)
+    uploads.flush()
+    (tmp_path / "best").rename(tmp_path / "away")
+    (tmp_path / "best").touch()
+    judged(keeper, 4, 0.6)
+    uploads.flush()
+    assert uploads.failures == 1
+    (tmp_path / "best").unlink()
+    (tmp_path / "away").rename(tmp_path / "best")
+    for step, ap in ((6, 0.2), (8, 0.5), (10, 0.4)):
+        judged(keeper, step, ap)
+    uploads.close()
+    assert best(folder) == ("8", 8.0)
 
 
 def test_every_evaluation_leaves_its_table(folder: RunFolder) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from finetune.drawing import colour_of
+from finetune.picture_loading import numbered_pictures
 from finetune.picture_sources import find_pictures
 from finetune.predict import LoadedDetector
 from finetune.predict_pictures import (
@@ -109,6 +110,12 @@ def test_each_picture_is_drawn_below_the_name_it_had(tmp_path: Path) -> None:
         assert picture.size == (640, 500)
         assert picture.getpixel((0, 300)) == colour_of(2)
         assert picture.getpixel((500, 300)) == (128, 128, 128)
+
+
+def test_a_url_without_a_name_has_a_drawing_all_the_same() -> None:
+    urls = ["https://host/?id=3", "https://host/a/?id=4", "https://host/b.png?id=5"]
+    entries = numbered_pictures(find_pictures(urls))
+    assert [entry.drawn for entry in entries] == ["picture.jpg", "picture-2.jpg", "b.png"]
 
 
 def test_a_broken_picture_is_left_out_and_named_and_the_rest_is_done(tmp_path: Path) -> None:
