@@ -49,7 +49,7 @@ def _source(place: Folder, pictures: Folder | None, data: _Entry) -> Source:
     categories, entries = data.get("categories", []), data.get("annotations", [])
     classes = _classes(place, categories)
     images = sorted(data["images"], key=lambda image: image["file_name"])
-    _check_image_ids(place, images)
+    _check_images(place, images)
     faults = list(_repeated_images(images))
     objects, bad_objects = _objects(posixpath.basename(place.path), images, entries, classes)
     faults += bad_objects
@@ -112,8 +112,14 @@ def _classes(place: Folder, categories: Sequence[_Entry]) -> dict[int, str]:
     return {entry["id"]: entry["name"] for entry in categories}
 
 
-def _check_image_ids(place: Folder, images: Sequence[_Entry]) -> None:
+def _check_images(place: Folder, images: Sequence[_Entry]) -> None:
     for image in images:
+        sides = image.get("width"), image.get("height")
+        if not _NUMBERS.issuperset(map(type, sides)):
+            raise SourceError(
+                f"{place.url}: image {image['file_name']} has width {sides[0]!r} and height "
+                f"{sides[1]!r}; give both in pixels"
+            )
         if type(image["id"]) not in (int, str):
             raise SourceError(
                 f"{place.url}: image {image['file_name']} has id {image['id']!r}; ids are integers "
@@ -146,10 +152,11 @@ def _objects(
     objects, faults = defaultdict[int | str, list[_Entry]](list), list[AnnotationFault]()
     seen = set[object]()
     for entry in entries:
-        id, name = entry.get("id"), names.get(entry["image_id"])
+        id, name = entry.get("id"), names.get(entry.get("image_id"))
         found = _entry_problem(entry, classes)
         if name is None:
-            found = "no such image", f"image_id {entry['image_id']} is not in the list of images"
+            problem = f"image_id {entry.get('image_id')} is not in the list of images"
+            found = "no such image", problem
         elif id is not None and id in seen:
             found = "duplicate id", f"annotation id {id} is given twice; give each its own"
         seen.add(id)
@@ -163,7 +170,7 @@ def _objects(
 
 def _entry_problem(entry: _Entry, classes: Mapping[int, str]) -> tuple[FaultKind, str] | None:
     category, box = entry.get("category_id"), entry.get("bbox")
-    if category not in classes:
+    if type(category) not in _NUMBERS or category not in classes:
         return "unknown class", f"category_id {category!r} is not in the list of categories"
     if type(box) is not list or len(box) != 4:
         return "unreadable annotation", f"bbox is {box!r}, not [x, y, width, height] in pixels"
@@ -175,7 +182,7 @@ def _entry_problem(entry: _Entry, classes: Mapping[int, str]) -> tuple[FaultKind
 def _annotation(
     image: _Entry, entries: Sequence[_Entry], classes: Mapping[int, str]
 ) -> BoxAnnotation:
-    labels = tuple([entry["category_id"] for entry in entries])
+    labels = tuple([int(entry["category_id"]) for entry in entries])
     return BoxAnnotation(
         image_id=image["id"],
         width=int(image["width"]),

@@ -13,6 +13,7 @@ from data.indexing import index_shards
 from data.set_check import SetReport, check_detection_set, head_faults
 from data.set_counts import SetCounts
 from data.shards import write_shards
+from data.source_items import SourceError
 from data.sources import list_source
 from models.structures import Classes
 from tests.data.labelled_files import (
@@ -114,6 +115,27 @@ def test_ids_that_come_twice_or_lead_nowhere_are_named(tmp_path: Path) -> None:
         ("error", "unknown class", "c.jpg", "annotation 9"),
     ]
     assert report.counts.pictures == 1
+
+
+def test_entries_without_what_they_are_of_are_named(tmp_path: Path) -> None:
+    """One such entry among thousands made the whole file "no COCO json", for a missing key."""
+    entries = [box(number, 1, 4, (1, 1, 2, 2)) for number in (7, 8, 9)]
+    del entries[0]["image_id"]
+    entries[1]["category_id"] = [4]
+    path = write_json(tmp_path / "a.json", [image(1, "a.jpg"), image(2, "b.jpg")], entries, CLASSES)
+    assert _told(check_detection_set(str(path), depth="annotations")) == [
+        ("error", "no such image", "a.json", "annotation 7"),
+        ("error", "unknown class", "a.jpg", "annotation 8"),
+    ]
+
+
+def test_an_image_without_its_size_is_named(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.json", [image(1, "a.jpg"), image(2, "b.jpg")], [], CLASSES)
+    content = json.loads(path.read_text())
+    del content["images"][1]["width"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(SourceError, match=r"image b\.jpg has width None and height \d+; give both"):
+        check_detection_set(str(path))
 
 
 def test_the_entry_of_an_export_that_heads_all_classes_is_told(tmp_path: Path) -> None:
