@@ -285,10 +285,9 @@ def recipe_of(data: DetectionSet, init: str, *overrides: str) -> FinetuneRecipe:
     return load_recipe(FinetuneRecipe, values, list(overrides))
 
 
-def judging() -> EvaluationSettings:
-    return EvaluationSettings.model_validate(
-        {"sizes": {"short_side": 64, "max_size": 106}, "batch_size": 2, "processes": 0}
-    )
+def judging(short_side: int = 64) -> EvaluationSettings:
+    sizes = {"short_side": short_side, "max_size": 2 * short_side}
+    return EvaluationSettings.model_validate({"sizes": sizes, "batch_size": 2, "processes": 0})
 
 
 def evaluated_as_true(
