@@ -76,6 +76,12 @@ def unusable(
     return CheckedAnnotation(None, (fault,), str(fault))
 
 
+def no_permission(error: PermissionError) -> str:
+    """Why a file cannot be had; S3 says the same of one that is not there."""
+    told = " ".join(str(error).split())
+    return f"no permission, or no such file where its folder may not be listed ({told})"
+
+
 def box_faults(
     file: str, annotation: BoxAnnotation, told: Callable[[int], str]
 ) -> tuple[AnnotationFault, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from data.annotation_faults import AnnotationFault, FaultKind, box_faults
+from data.annotation_faults import AnnotationFault, FaultKind, box_faults, no_permission
 from data.annotations import BoxAnnotation, parse_annotation
 from data.detection_set import (
     DetectionSet,
@@ -144,6 +144,8 @@ def _faults_of_file(
         return _data_faults(name, data, depth, width, height)
     except FileNotFoundError:
         return (_error("missing picture", name, "no such file"),)
+    except PermissionError as error:
+        return (_error("missing picture", name, no_permission(error)),)
     except BrokenPicture as error:
         return (_error("unreadable picture", name, str(error)),)
 

@@ -14,7 +14,13 @@ from typing import Any
 
 import yaml
 
-from data.annotation_faults import AnnotationFault, CheckedAnnotation, checked, unusable
+from data.annotation_faults import (
+    AnnotationFault,
+    CheckedAnnotation,
+    checked,
+    no_permission,
+    unusable,
+)
 from data.annotations import BoxAnnotation
 from data.picture_headers import PictureHeader, read_header
 from data.pictures import BrokenPicture
@@ -165,6 +171,8 @@ def _read(folder: Folder, classes: Mapping[int, str], path: str) -> CheckedAnnot
         header = read_header(folder, name)
     except FileNotFoundError:
         return unusable("missing picture", name, "no such file")
+    except PermissionError as error:
+        return unusable("missing picture", name, no_permission(error))
     except BrokenPicture as error:
         return unusable("unreadable picture", name, str(error))
     if header.orientation != 1:
@@ -174,6 +182,8 @@ def _read(folder: Folder, classes: Mapping[int, str], path: str) -> CheckedAnnot
         text = folder.filesystem.cat_file(label).decode()
     except FileNotFoundError:
         text = ""
+    except PermissionError as error:
+        return unusable("unreadable annotation", label, no_permission(error))
     except UnicodeDecodeError as error:
         return unusable("unreadable annotation", label, str(error))
     return _parsed(label, text, header, classes)

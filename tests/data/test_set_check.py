@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from data.annotation_faults import AnnotationFault
@@ -172,6 +173,25 @@ def test_pictures_are_held_to_their_annotations(tmp_path: Path) -> None:
         ("warning", "turned picture", "f.jpg", None),
     ]
     assert check_detection_set(str(path), depth="annotations").faults == ()
+
+
+def test_a_file_that_the_storage_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 answers "forbidden" for what is not there, where the bucket may not be listed."""
+    path = write_coco(tmp_path, ["a.jpg", "b.jpg"])
+    whole = LocalFileSystem.cat_file
+
+    def refused(self: LocalFileSystem, place: str, **part: int) -> bytes:
+        if place.endswith("b.jpg"):
+            raise PermissionError("Forbidden")
+        data: bytes = whole(self, place, **part)
+        return data
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", refused)
+    (fault,) = check_detection_set(str(path)).errors
+    assert (fault.kind, fault.file) == ("missing picture", "b.jpg")
+    assert fault.problem.endswith("where its folder may not be listed (Forbidden)")
 
 
 def test_a_cut_picture_is_found_only_by_its_pixels(tmp_path: Path) -> None:
