@@ -7,8 +7,9 @@ norms), so only masks that are asked for are computed: in training those of matc
 prediction those of queries above the threshold, instead of all 100 of the public code.
 
 The first convolution sees the picture's 256 channels and the query's 8. It is linear, so its share
-of the picture is computed once a picture and only that of the attention once a query: 1/30 of its
-products, and it is the dearest layer of the public code (70 of 150 GMAC at 800x1333, counted).
+of the picture is computed once a picture and only that of the attention once a query: 4 % of the
+products of what is the dearest layer of the public code (66 of 191 GMAC for the 100 queries of a
+picture of 800x1333, counted; 0.38 s instead of 2.11 s of one CPU thread, measured).
 """
 
 from dataclasses import dataclass
