@@ -56,11 +56,8 @@ class SubsetSettings(Settings):
         return self
 
 
-def choose_subset(
-    data: DetectionSet, settings: SubsetSettings, reading: ReadingSettings | None = None
-) -> DetectionSet:
-    """The set of the chosen pictures alone, in their order; errors as `subset_ids`."""
-    ids = subset_ids(data, settings, reading)
+def subset_of(data: DetectionSet, ids: Sequence[int]) -> DetectionSet:
+    """The set of the samples with these ids alone, in this order."""
     index, files = restricted(data.index, data.files, ids)
     logger.info(
         "%s: %d of %d pictures are learned from", data.url, len(ids), data.index.num_samples

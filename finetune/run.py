@@ -21,7 +21,7 @@ from finetune.one_shot_task import check_unseen, one_shot_task
 from finetune.one_shot_weights import resolve_one_shot_model
 from finetune.panoptic_task import panoptic_task
 from finetune.recipe import FinetuneRecipe
-from finetune.sets import open_sets, store_subset
+from finetune.sets import SUBSET, open_sets
 from finetune.task import Task, TaskSets
 from finetune.transfer import resolve_model
 from models.artefact import ArtefactKind, PictureInput, Provenance, artefact_metadata
@@ -46,10 +46,9 @@ def finetune(recipe: FinetuneRecipe, host: Host) -> Position:
     over = _stopped_early(recipe, host)
     if over is not None:
         return over
-    sets = open_sets(recipe.data)
     is_fresh = newest_checkpoint(host.folder) is None
-    if is_fresh and host.world.is_first:
-        store_subset(recipe)
+    leaves_manifest = is_fresh and host.world.is_first
+    sets = open_sets(recipe.data, f"{recipe.run}/{SUBSET}" if leaves_manifest else None)
     match recipe.task:
         case "detect":
             return _run(recipe, host, sets, detection_task(recipe, sets, host.world, is_fresh))

@@ -13,10 +13,10 @@ from data.source_items import SourceError
 from data.sources import list_source
 from data.subsets import (
     SubsetSettings,
-    choose_subset,
     read_manifest,
     sample_names,
     subset_ids,
+    subset_of,
     write_manifest,
 )
 from tests.data.labelled_files import Entry, box, image, write_json
@@ -52,7 +52,7 @@ def test_a_share_depends_on_seed_and_keys_alone(tmp_path: Path) -> None:
 
 def test_the_subset_holds_the_chosen_pictures_in_their_order(tmp_path: Path) -> None:
     data = _set(tmp_path, 12)
-    chosen = choose_subset(data, SubsetSettings(share=0.5, seed=1))
+    chosen = subset_of(data, subset_ids(data, SubsetSettings(share=0.5, seed=1)))
     assert sample_names(chosen) == ("001", "002", "005", "006", "007", "010")
     assert chosen.files is not None
     assert parse_annotation(chosen.files.item(4).annotation).image_id == 7
@@ -83,7 +83,8 @@ def test_shards_are_cut_down_too(tmp_path: Path) -> None:
     small, large = (subset_ids(data, SubsetSettings(share=share)) for share in (0.25, 0.5))
     assert (len(small), len(large)) == (3, 6)
     assert set(small) < set(large)
-    assert choose_subset(data, SubsetSettings(share=0.25)).index.num_samples == 3
+    quarter = subset_ids(data, SubsetSettings(share=0.25))
+    assert subset_of(data, quarter).index.num_samples == 3
     assert len(subset_ids(data, SubsetSettings(per_class=2))) <= 4
 
 
