@@ -66,10 +66,7 @@ Url = Annotated[str, typer.Argument(help="Folder: a path or any fsspec URL.")]
 
 @app.command()
 def pretrain(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    local: Local = False,
-    address: Address = None,
+    recipe: RecipeName, overrides: Overrides = None, local: Local = False, address: Address = None
 ) -> None:
     """Pretrain a detection transformer: needs run=FOLDER and data.shards=FOLDER."""
     with _one_line_errors():
@@ -78,10 +75,7 @@ def pretrain(
 
 @app.command()
 def finetune(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    local: Local = False,
-    address: Address = None,
+    recipe: RecipeName, overrides: Overrides = None, local: Local = False, address: Address = None
 ) -> None:
     """Train a detector on boxes: needs run=FOLDER, data.train=SET and init=WEIGHTS."""
     with _one_line_errors():
