@@ -32,7 +32,7 @@ def test_a_job_that_is_asked_to_stop_leaves_a_checkpoint_of_its_last_step(
     job = _begin(shards, tmp_path, "loop.steps=100000")
     _wait_for_step(job, tmp_path, 2)
     job.send_signal(signal.SIGTERM)
-    said, _ = job.communicate(timeout=120)
+    said, _ = job.communicate(timeout=300)
     assert job.returncode == 0
     assert "stopping: the workers write a checkpoint first" in said
     newest = newest_checkpoint(open_run_folder(str(tmp_path / "run")))
@@ -60,7 +60,7 @@ def test_weights_that_do_not_fit_end_the_job_at_once_with_one_line(
 ) -> None:
     torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "wrong.pth")
     job = _begin(shards, tmp_path, f"model.backbone.weights={tmp_path / 'wrong.pth'}")
-    said, _ = job.communicate(timeout=120)
+    said, _ = job.communicate(timeout=300)
     assert job.returncode == 1
     (line,) = [line for line in said.splitlines() if line.startswith("querypatch: ")]
     assert "wrong.pth" in line
