@@ -125,7 +125,7 @@ def test_a_resumed_run_needs_neither_init_nor_the_backbones_file(
     shutil.rmtree(init)
     backbone.unlink()
     assert run_alone(resumed_recipe(str(run), []), QUIET).step == 6
-    assert open_weights(str(run)).provenance.init == (str(init),)
+    assert open_weights(str(run)).provenance.init[0].startswith(str(init))
 
 
 def test_a_trained_backbone_has_its_own_rate_and_a_frozen_stem(sets: Path, tmp_path: Path) -> None:
