@@ -33,4 +33,3 @@ def test_a_tile_goes_to_the_shortest_column() -> None:
     tall, low = tile(300, found=False), tile(40, found=False)
     sheet = draw_grid([tall, low, low], columns=2, width=100)
     assert sheet.height == draw_grid([tall], columns=1, width=100).height
-
