@@ -155,6 +155,10 @@ def _tell_finetuning(out: Path, console: Console) -> None:
     for number in TABLE:
         table.add_row(number, *(_percent(found.get(number)) for found in numbers.values()))
     console.print(table)
+    console.print(
+        "Minutes on random frozen features teach a detector little: this shows that the job works, "
+        "docs/finetuning.md how to make one that finds things."
+    )
     console.print(f"wrote {out / 'finetuning.png'}")
 
 

@@ -5,7 +5,7 @@ its evaluations were of, so it is what is taken.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -13,9 +13,7 @@ from torch import Tensor
 from models.interop.checkpoint_files import WeightsError, read_checkpoint
 from training.checkpoint import FOLDER, list_checkpoints, load_checkpoint, read_manifest
 from training.manifest import Manifest
-from training.recipe import load_recipe
 from training.record import read_recipe_values
-from training.retention import RetentionSettings, best_of
 from training.run_folder import RunFolder, open_run_folder
 from training.snapshot import MODEL, CheckpointError
 
@@ -47,8 +45,8 @@ class RunWeights:
 def run_weights(source: str, *, best: bool) -> RunWeights | None:
     """The weights of a run's folder or of a checkpoint's folder; None where `source` is neither.
 
-    Of a run the newest whole checkpoint; with `best` before it the run's `best/`, or the checkpoint
-    that its recipe calls the best.
+    Of a run the newest whole checkpoint; with `best` its `best/` before that, which only finetuning
+    leaves: the held-out AP of a pretraining run is too noisy to choose a checkpoint by (seen).
 
     Raises:
         WeightsError: a run without a whole checkpoint.
@@ -65,7 +63,7 @@ def run_weights(source: str, *, best: bool) -> RunWeights | None:
         return _of_best_file(folder)
     if not folder.names(FOLDER):
         return None
-    return _of_run(folder, best)
+    return _of_run(folder)
 
 
 def weights_file(source: str) -> str:
@@ -92,25 +90,14 @@ def _of_best_file(folder: RunFolder) -> RunWeights:
     return RunWeights(file.tensors, file.metadata, place, recipe=_recipe(folder))
 
 
-def _of_run(folder: RunFolder, best: bool) -> RunWeights:
+def _of_run(folder: RunFolder) -> RunWeights:
     recipe = _recipe(folder)
-    for manifest in _in_order(list_checkpoints(folder), recipe, best):
+    for manifest in list_checkpoints(folder):
         try:
             return _loaded(folder, manifest, recipe)
         except CheckpointError as error:
             logger.warning("passing over a checkpoint: %s", error)
     raise WeightsError(f"{folder.url}: the run has no whole checkpoint; give another one")
-
-
-def _in_order(
-    newest_first: Sequence[Manifest], recipe: Mapping[str, object], best: bool
-) -> list[Manifest]:
-    section = recipe.get("checkpoints")
-    if not best or not isinstance(section, Mapping):
-        return list(newest_first)
-    first = best_of(newest_first, load_recipe(RetentionSettings, section))
-    others = [manifest for manifest in newest_first if manifest is not first]
-    return others if first is None else [first, *others]
 
 
 def _loaded(folder: RunFolder, manifest: Manifest, recipe: Mapping[str, object]) -> RunWeights:

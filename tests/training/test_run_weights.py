@@ -50,23 +50,14 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def test_the_newest_is_taken_where_the_recipe_names_no_best(run: RunFolder) -> None:
+def test_the_newest_is_taken_whatever_checkpoint_its_recipe_calls_the_best(run: RunFolder) -> None:
+    run.write("recipe.yaml", b"checkpoints: {best_metric: eval/ap}\n")
     assert value_of(found(run.url)) == 6
     run.write("recipe.yaml", b"checkpoints: {keep_last: 3}\n")
     weights = found(run.url)
     assert (value_of(weights), weights.step, weights.metrics) == (6, 6, {"eval/ap": 0.2})
     assert weights.source == f"{run.url}/checkpoints/step_000006"
     assert weights.metadata["querypatch"] == "{}"
-
-
-def test_the_best_by_the_recipes_metric_is_taken_unless_the_newest_is_asked_for(
-    run: RunFolder,
-) -> None:
-    run.write("recipe.yaml", b"checkpoints: {best_metric: eval/ap}\n")
-    assert found(run.url).step == 4
-    assert found(run.url, best=False).step == 6
-    run.write("recipe.yaml", b"checkpoints: {best_metric: eval/ap, best_is: min}\n")
-    assert found(run.url).step == 2
 
 
 def test_the_file_of_best_weights_goes_before_all_checkpoints(run: RunFolder) -> None:
