@@ -61,11 +61,16 @@ def run_with_ray(recipe: Recipe, address: str | None, console: Console) -> None:
     folder = open_run_folder(recipe.run)
     forget_ray_record(folder)
     flag = StopFlag()
-    with _connected(recipe.resources, address):
-        board = ray.remote(num_cpus=0, max_restarts=3)(Board).remote()
-        trainer = _trainer(recipe, folder, board)
-        with stop_on_signals(flag):
-            _watch(_Fit(trainer), board, flag, console)
+    try:
+        with _connected(recipe.resources, address):
+            board = ray.remote(num_cpus=0, max_restarts=3)(Board).remote()
+            trainer = _trainer(recipe, folder, board)
+            with stop_on_signals(flag):
+                _watch(_Fit(trainer), board, flag, console)
+    except JobFailed:
+        # Ray's printer of the workers' lines may have been stopped in the middle of one (seen).
+        console.print()
+        raise
 
 
 class _Fit(threading.Thread):
