@@ -11,6 +11,7 @@ from training.run_folder import open_run_folder
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sixteen_pictures_of_voc_are_learned_to_an_ap50_over_nine_tenths(
     shared_data: Path, tmp_path: Path
 ) -> None:
