@@ -6,10 +6,14 @@ Boxes are `boxes_cxcywh` (normalised to the unpadded picture, never to the padde
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int16, Int64
 from torch import Tensor
+
+Record = Literal["nothing", "cross", "all"]
+"""Which attention a decoder hands out: none, that to the memory, or that among queries too."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,27 @@ class DetectionBatch:
 
 
 @dataclass(frozen=True)
+class TokenPredictions:
+    """Boxes that tokens say, without a decoder."""
+
+    logits: Float[Tensor, "batch tokens classes"]
+    boxes: Float[Tensor, "batch tokens 4"]
+    """boxes_cxcywh, normalised to the unpadded picture; all ones where a token must not propose."""
+
+
+@dataclass(frozen=True)
+class TokenSelection:
+    """The tokens that the encoder updates; the others pass through unchanged (Sparse DETR, 3.2)."""
+
+    indices: Int64[Tensor, "batch selected"]
+    """Ascending; as many for every picture as the batch's fullest one selects."""
+    kept: Bool[Tensor, "batch selected"]
+    """False for those that only fill up a picture that selects fewer."""
+    scores: Float[Tensor, "batch tokens"] | None
+    """What the scoring network says of every token, as logits; None where nothing is learned."""
+
+
+@dataclass(frozen=True)
 class Memory:
     """Encoder output, one token per feature cell, row-major, levels one after the other."""
 
@@ -107,6 +132,14 @@ class Memory:
     """(height, width) of each level in cells."""
     valid_ratios: Float[Tensor, "batch levels 2"]
     """Share of each level's (height, width) that is not padding."""
+    selection: TokenSelection | None = None
+    """Sparse DETR: the tokens that the encoder updated."""
+    proposals: TokenPredictions | None = None
+    """Two-stage: what every token proposes after the encoder."""
+    encoder_layers: tuple[TokenPredictions, ...] = ()
+    """What the selected tokens say after each encoder layer but the last; in training alone."""
+    objectness: TokenPredictions | None = None
+    """What every token says before the encoder, where that is the criterion of the selection."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +155,16 @@ class QueryGroup:
 
 
 @dataclass(frozen=True)
+class SampledAttention:
+    """Where deformable attention looked: sampling locations, and how much each of them counts."""
+
+    locations: Float[Tensor, "batch queries heads levels points 2"]
+    """(x, y), normalised to the padded level: the centre of its first cell is at half a cell."""
+    weights: Float[Tensor, "batch queries heads levels points"]
+    """Sum to 1 over the levels and points of a head."""
+
+
+@dataclass(frozen=True)
 class LayerOutput:
     """What one decoder layer says about each query."""
 
@@ -131,7 +174,7 @@ class LayerOutput:
     """boxes_cxcywh, normalised to the unpadded picture."""
     reference: Float[Tensor, "batch queries coordinates"] | None = None
     self_attention: Float[Tensor, "batch heads queries queries"] | None = None
-    cross_attention: Float[Tensor, "batch heads queries tokens"] | None = None
+    cross_attention: Float[Tensor, "batch heads queries tokens"] | SampledAttention | None = None
 
 
 @dataclass(frozen=True)
