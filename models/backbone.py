@@ -19,8 +19,9 @@ from models.resnet import (
     ResNet,
     ResNetName,
     resnet_layout,
+    run_levels,
     run_resnet,
-    run_stages,
+    stage_channels,
 )
 from models.settings import Settings
 
@@ -95,14 +96,39 @@ class Backbone(nn.Module):
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             return run_resnet(self.fold(), pixels)
 
+    def levels(
+        self, pixels: Float[Tensor, "batch 3 height width"], count: int
+    ) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
+        """The features of the last `count` stages, shallowest first; `forward` gives the last.
+
+        Their channels are `level_channels(count)`. ValueError where there are fewer stages.
+        """
+        self._check_count(count)
+        if self.settings.train:
+            return run_levels(self.body.fold(self.body.conv1.weight.dtype), pixels, count)
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            return run_levels(self.fold(), pixels, count)
+
+    def level_channels(self, count: int) -> tuple[int, ...]:
+        """Depths of the maps of `levels`. ValueError where there are fewer stages."""
+        self._check_count(count)
+        last = self.body.num_stages
+        name = self.settings.name
+        return tuple(stage_channels(name, stage) for stage in range(last - count, last))
+
     def stages(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
         """The features of every stage, `layer1` (stride 4) first; `forward` gives the last."""
-        if self.settings.train:
-            return run_stages(self.body.fold(self.body.conv1.weight.dtype), pixels)
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            return run_stages(self.fold(), pixels)
+        return self.levels(pixels, self.body.num_stages)
+
+    def _check_count(self, count: int) -> None:
+        available = self.body.num_stages
+        if not 1 <= count <= available:
+            raise ValueError(
+                f"{count} levels were asked of a {self.settings.name} with "
+                f"output={self.settings.output}, which has 1 to {available}; ask for fewer"
+            )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def fold(self) -> FoldedResNet:

@@ -74,18 +74,20 @@ def run_resnet(
     return features
 
 
-def run_stages(
-    resnet: FoldedResNet, pixels: Float[Tensor, "batch 3 height width"]
+def run_levels(
+    resnet: FoldedResNet, pixels: Float[Tensor, "batch 3 height width"], count: int
 ) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
-    """The output of every stage, `layer1` first; the last one is that of `run_resnet`.
+    """The outputs of the last `count` stages, shallowest first; the last is `run_resnet`'s.
 
     All of them stay in memory, which `run_resnet` spares.
     """
     features = run_stem(resnet, pixels)
+    first = len(resnet.stages) - count
     outputs = []
-    for blocks in resnet.stages:
+    for stage, blocks in enumerate(resnet.stages):
         features = run_stage(blocks, features)
-        outputs.append(features)
+        if stage >= first:
+            outputs.append(features)
     return tuple(outputs)
 
 

@@ -97,6 +97,34 @@ def test_a_trained_backbone_has_torchvisions_gradients() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_levels_end_with_what_forward_gives_at_strides_8_16_32(train: bool) -> None:
+    backbone = filled_backbone(settings("resnet50", train=train))
+    levels = backbone.levels(picture(64, 96), 3)
+    shapes = [tuple(level.shape[1:]) for level in levels]
+    assert shapes == [(512, 8, 12), (1024, 4, 6), (2048, 2, 3)]
+    assert backbone.level_channels(3) == (512, 1024, 2048)
+    assert torch.equal(levels[-1], backbone(picture(64, 96)))
+    assert [level.requires_grad for level in levels] == [train] * 3
+
+
+def test_levels_are_stages_of_the_plain_network_counted_from_the_output() -> None:
+    backbone = filled_backbone(settings("resnet18", output="layer3"))
+    shallow, deep = backbone.levels(picture(32, 64), 2)
+    wanted = plain_network(backbone)[:3](picture(32, 64)).detach()
+    torch.testing.assert_close(shallow, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    assert backbone.level_channels(2) == (shallow.shape[1], deep.shape[1]) == (128, 256)
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_more_levels_than_stages_are_refused(count: int) -> None:
+    backbone = Backbone(settings("resnet18", output="layer3"))
+    with pytest.raises(ValueError, match="output=layer3, which has 1 to 3"):
+        backbone.levels(picture(32, 64), count)
+    with pytest.raises(ValueError, match=f"{count} levels were asked of a resnet18"):
+        backbone.level_channels(count)
+
+
 def test_detr_trains_layer2_to_layer4_and_a_frozen_backbone_nothing() -> None:
     trained = Backbone(settings(train=True))
     stages = {
