@@ -37,6 +37,9 @@ struct Problem {
   Number value_type;
   Number point_type;
   Number weight_type;
+  // The CUDA backward of the values adds in any order, so its last bits differ from run to run; true
+  // makes it add whole numbers instead, bit-equal every time and slower. The CPU always is.
+  bool deterministic = false;
 };
 
 struct ForwardTensors {
