@@ -14,6 +14,7 @@ from finetune.objective import DetectionObjective
 from finetune.recipe import FinetuneRecipe
 from finetune.task import Judgement, Scoring, Task, TaskSets
 from finetune.transfer import initial_detector
+from models.detection_losses import supervision_of
 from models.detector import Detector
 from models.interop.placing import LoadReport
 from models.structures import Classes
@@ -41,7 +42,9 @@ def detection_task(
             augment=recipe.data.augment,
         ),
         to_device=detection_to_device,
-        objective=DetectionObjective(recipe.costs, recipe.losses, world),
+        objective=DetectionObjective(
+            recipe.costs, recipe.losses, world, supervision_of(detector.settings)
+        ),
         evaluate=_evaluation(recipe, classes, sets.validation, world),
     )
 

@@ -11,7 +11,7 @@ from data.detection_set import DetectionSet
 from data.one_shot_content import one_shot_set, seen_labels
 from data.query_crops import list_objects
 from data.set_annotations import set_annotations
-from finetune.objective import group_losses
+from finetune.objective import DetectionObjective
 from finetune.one_shot_evaluation import evaluate_one_shot, one_shot_test
 from finetune.one_shot_report import one_shot_json
 from finetune.one_shot_weights import initial_one_shot
@@ -83,8 +83,8 @@ class OneShotObjective:
     ) -> Losses:
         """The losses of one step; predictions that are not finite give a total of NaN."""
         output: PatchOutput = model(batch.images, batch.query_patches)
-        (group,) = output.detection.groups
-        return group_losses(group, batch, self.costs, self.weights, self.world)
+        detection = DetectionObjective(self.costs, self.weights, self.world)
+        return detection.losses(output.detection, batch)
 
 
 def _model(recipe: FinetuneRecipe, is_fresh: bool) -> tuple[PatchDetector, LoadReport | None]:

@@ -2,12 +2,13 @@
 
 Every decoder layer is matched and supervised for itself; all layers are computed in one go. Terms
 have the names of the public code: the last layer bare (`loss_ce`), layer l with the suffix `_l`.
-Everything is float32 whatever the autocast.
+With sigmoid scores the class term is the focal loss over the number of targets (Deformable DETR).
+Everything is float32 whatever the autocast. What tokens say: `models.detection_losses`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,23 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from models.boxes import cxcywh_to_xyxy, generalized_iou_pairs
-from models.matching import Matching, MatchingCosts, PaddedTargets, match, pad_targets
+from models.matching import (
+    Candidates,
+    ClassScores,
+    Matching,
+    MatchingCosts,
+    decoder_places,
+    match_all,
+)
+from models.set_sums import (
+    ClassLoss,
+    CrossEntropy,
+    Focal,
+    LayerSums,
+    cardinality_error,
+    last_layer_errors,
+    layer_sums,
+)
 from models.settings import Settings
 from models.structures import GroupOutput, Losses, Targets
 
@@ -25,7 +41,7 @@ class LossWeights(Settings):
     """How much each term of the loss counts, in every decoder layer."""
 
     classes: float = Field(default=1.0, ge=0)
-    """Weight of the cross-entropy over the classes and "no object"."""
+    """Weight of the cross-entropy over the classes and "no object", or of the focal loss."""
     boxes_l1: float = Field(default=5.0, ge=0)
     """Weight of the L1 distance of matched boxes, normalised cxcywh."""
     giou: float = Field(default=2.0, ge=0)
@@ -34,6 +50,22 @@ class LossWeights(Settings):
     """Weight of the squared distance (0 to 4) of normalised features, reconstructed and true."""
     no_object: Annotated[float, Field(ge=0)] | Literal["paper"] = 0.1
     """Weight of "no object" in the cross-entropy; "paper" is targets per query (M/N)."""
+    focal_alpha: float = Field(default=0.25, ge=0, le=1)
+    """Sigmoid scores: weight of the true class in the focal loss; the others have 1 - alpha."""
+    focal_gamma: float = Field(default=2.0, ge=1)
+    """Sigmoid scores: how fast an answer counts less as it gets right, (1 - probability)^gamma."""
+    selection: float = Field(default=1.0, ge=0)
+    """Weight of the scoring network's loss (Sparse DETR): which tokens will the decoder read?"""
+
+    def class_loss(self, class_scores: ClassScores) -> ClassLoss:
+        """What wrong classes cost, for logits of this meaning."""
+        match class_scores:
+            case "softmax":
+                return CrossEntropy(self.no_object)
+            case "sigmoid":
+                return Focal(self.focal_alpha, self.focal_gamma)
+            case _:
+                assert_never(class_scores)
 
 
 @dataclass(frozen=True)
@@ -45,12 +77,34 @@ class Reconstruction:
     """One per target, in the order of the targets."""
 
 
+@dataclass(frozen=True)
+class Supervised:
+    """Predictions of one kind, layer by layer, and what they are held against; all float32."""
+
+    suffixes: tuple[str, ...]
+    """What the names of each layer's terms end in."""
+    candidates: Candidates
+    reconstruction: Reconstruction | None = None
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the sums of one of several ranks become means over the pictures of all of them."""
+
+    reduce_sum: Callable[[Tensor], Tensor] | None = None
+    """The sum of a tensor over all ranks."""
+    world_size: int = 1
+    blank: bool = False
+    """True where this rank's pictures do not count."""
+
+
 def set_losses(
     group: GroupOutput,
     targets: Targets,
     weights: LossWeights,
     costs: MatchingCosts,
     *,
+    class_scores: ClassScores = "softmax",
     reconstruction: Reconstruction | None = None,
     reduce_sum: Callable[[Tensor], Tensor] | None = None,
     world_size: int = 1,
@@ -58,101 +112,134 @@ def set_losses(
 ) -> Losses:
     """The loss of one query group, and every term by name.
 
-    Sums over matched pairs are divided by the number of targets (at least 1), the cross-entropy by
-    the sum of its weights. Over several ranks both divisors are those of all ranks (`reduce_sum`)
-    over `world_size`, so that averaged gradients are those of one process with the whole batch. A
-    `blank` batch adds nothing to any sum, though its graph is complete. `class_error` (percent),
-    `cardinality_error` and `unmatched_targets` (those beyond the number of queries) are logged
-    only, for this rank. UnmatchableError as in `match`.
+    Sums over matched pairs and the focal loss are divided by the number of targets (at least 1),
+    the cross-entropy by the sum of its weights. Over several ranks the divisors are those of all
+    ranks (`reduce_sum`) over `world_size`, so that averaged gradients are those of one process with
+    the whole batch. A `blank` batch adds nothing to any sum, though its graph is complete.
+    `class_error` (percent), `cardinality_error` and `unmatched_targets` (those beyond the number of
+    queries) are logged only, for this rank. UnmatchableError as in `match`.
     """
-    counted = 0.0 if blank else 1.0
-    with torch.autocast(group.layers[0].logits.device.type, enabled=False):
-        logits = torch.stack([layer.logits.float() for layer in group.layers])
-        boxes = torch.stack([layer.boxes.float() for layer in group.layers])
-        matching = match(logits, boxes, targets, costs)
-        padded = pad_targets(targets)
-        num_targets = sum(len(labels) for labels in targets.labels)
-
-        no_object = _no_object_weight(weights, num_targets, logits)
-        entropy, entropy_weight = _cross_entropy(logits, padded, matching, no_object)
-        divisors = torch.cat((entropy_weight, entropy.new_full((1,), num_targets))) * counted
-        if reduce_sum is not None:
-            divisors = reduce_sum(divisors)
-        by_weight = (divisors[:-1] / world_size).clamp(min=torch.finfo(torch.float32).tiny)
-        by_targets = divisors[-1].clamp(min=1) / world_size
-
-        distance, giou = _box_losses(boxes, padded, matching)
-        terms = {
-            "loss_ce": counted * entropy / by_weight,
-            "loss_bbox": counted * distance / by_targets,
-            "loss_giou": counted * giou / by_targets,
-        }
-        if reconstruction is not None:
-            feature = _feature_loss(reconstruction, matching)
-            terms["loss_feature"] = counted * feature / by_targets
-        weight_of = {
-            "loss_ce": weights.classes,
-            "loss_bbox": weights.boxes_l1,
-            "loss_giou": weights.giou,
-            "loss_feature": weights.features,
-        }
-        total = torch.stack([weight_of[name] * term.sum() for name, term in terms.items()]).sum()
-        detached = {name: term.detach() for name, term in terms.items()}
-    return Losses(total, _named_by_layer(detached) | _logged_terms(logits, padded, matching))
+    decoder = decoder_layers(group, targets, reconstruction)
+    shares = Shares(reduce_sum, world_size, blank)
+    return supervised_losses((decoder,), targets, weights, costs, class_scores, shares)
 
 
-def unmatched_losses(
-    group: GroupOutput,
-    *,
-    others: Sequence[Tensor] = (),
-    reduce_sum: Callable[[Tensor], Tensor] | None = None,
+def decoder_layers(
+    group: GroupOutput, targets: Targets, reconstruction: Reconstruction | None = None
+) -> Supervised:
+    """What the decoder layers say of a group's queries; the last layer's terms have bare names."""
+    last = len(group.layers) - 1
+    candidates = Candidates(
+        places=decoder_places(last + 1),
+        logits=torch.stack([layer.logits.float() for layer in group.layers]),
+        boxes_cxcywh=torch.stack([layer.boxes.float() for layer in group.layers]),
+        targets=targets,
+    )
+    suffixes = (*(f"_{layer}" for layer in range(last)), "")
+    return Supervised(suffixes, candidates, reconstruction)
+
+
+def supervised_losses(
+    supervised: Sequence[Supervised],
+    targets: Targets,
+    weights: LossWeights,
+    costs: MatchingCosts,
+    class_scores: ClassScores,
+    shares: Shares,
+    scoring: Float[Tensor, " batch"] | None = None,
 ) -> Losses:
-    """What stands in for `set_losses` where nothing can be matched (UnmatchableError).
+    """The weighted sum of all terms; the first of `supervised` is the decoder's.
 
-    A total of NaN that reaches every parameter behind the group and `others`, and this rank's part
-    in the ranks' sum: the loop then leaves the step out on all ranks alike, where an exception
-    would end one of them and leave the others waiting.
+    `scoring` is the loss of each picture's token scores (`models.selection_losses`). Everything is
+    matched before the one reduction over the ranks.
     """
-    if reduce_sum is not None:
-        counts = torch.zeros(len(group.layers) + 1, device=group.layers[0].logits.device)
-        reduce_sum(counts)
-    said = [tensor for layer in group.layers for tensor in (layer.logits, layer.boxes)]
-    return Losses(torch.stack([t.float().sum() for t in (*said, *others)]).sum() * torch.nan)
+    with torch.autocast(supervised[0].candidates.logits.device.type, enabled=False):
+        matchings = match_all([each.candidates for each in supervised], costs, class_scores)
+        class_loss = weights.class_loss(class_scores)
+        sums = [
+            layer_sums(each.candidates, matching, class_loss)
+            for each, matching in zip(supervised, matchings, strict=True)
+        ]
+        divisors = _divisors(sums, targets, shares)
+        weight_of = _weights_by_name(weights)
+        weighted: list[Tensor] = []
+        named = last_layer_errors(supervised[0].candidates, matchings[0])
+        for number, each in enumerate(supervised):
+            terms = _terms(sums[number], divisors.of_classes[number], divisors)
+            if each.reconstruction is not None:
+                feature = _feature_loss(each.reconstruction, matchings[number])
+                terms["loss_feature"] = divisors.counted * feature / divisors.targets
+            weighted += [weight_of[name] * term.sum() for name, term in terms.items()]
+            terms["cardinality_error"] = cardinality_error(each.candidates)
+            named |= _named_by_layer(terms, each.suffixes)
+        if scoring is not None:
+            term = divisors.counted * scoring.float().sum() / divisors.pictures
+            weighted.append(weights.selection * term)
+            named["loss_mask_prediction"] = term.detach()
+    return Losses(torch.stack(weighted).sum(), named)
 
 
-def _no_object_weight(weights: LossWeights, num_targets: int, logits: Tensor) -> float:
-    if weights.no_object != "paper":
-        return weights.no_object
-    batch, queries = logits.shape[1:3]
-    return num_targets / (batch * queries)
+def no_divisors(
+    supervised: Sequence[Supervised], class_scores: ClassScores
+) -> Float[Tensor, " divisors"]:
+    """What a rank adds to that reduction where nothing can be matched."""
+    match class_scores:
+        case "softmax":
+            num_weights = sum(len(each.suffixes) for each in supervised)
+        case "sigmoid":
+            num_weights = 0
+        case _:
+            assert_never(class_scores)
+    return torch.zeros(num_weights + 2, device=supervised[0].candidates.logits.device)
 
 
-def _cross_entropy(
-    logits: Float[Tensor, "layers batch queries classes"],
-    targets: PaddedTargets,
-    matching: Matching,
-    no_object: float,
-) -> tuple[Float[Tensor, " layers"], Float[Tensor, " layers"]]:
-    """Weighted sum of the cross-entropies of all queries and the sum of their weights, by layer."""
-    last = logits.shape[-1] - 1
-    wanted = torch.full(logits.shape[:-1], last, dtype=torch.int64, device=logits.device)
-    places = (matching.layer, matching.picture, matching.query)
-    wanted = wanted.index_put(places, targets.labels[matching.picture, matching.target])
-    entropy = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none")
-    weight = torch.where(wanted == last, no_object, 1.0)
-    return (entropy.view_as(weight) * weight).sum((1, 2)), weight.sum((1, 2))
+@dataclass(frozen=True)
+class _Divisors:
+    """What sums of this rank are divided by, so that averaged gradients are the whole batch's."""
+
+    of_classes: tuple[Float[Tensor, " layers"], ...]
+    """For each of the `LayerSums`: by layer, or the number of targets for all layers."""
+    targets: Float[Tensor, ""]
+    pictures: Float[Tensor, ""]
+    counted: float
+    """0 where this rank's pictures do not count, else 1."""
 
 
-def _box_losses(
-    boxes_cxcywh: Float[Tensor, "layers batch queries 4"],
-    targets: PaddedTargets,
-    matching: Matching,
-) -> tuple[Float[Tensor, " layers"], Float[Tensor, " layers"]]:
-    """Sums over matched pairs of the L1 distance and of 1 - GIoU, by layer."""
-    found = boxes_cxcywh[matching.layer, matching.picture, matching.query]
-    wanted = targets.boxes_cxcywh[matching.picture, matching.target]
-    overlap = generalized_iou_pairs(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))
-    return matching.by_layer((found - wanted).abs().sum(-1)), matching.by_layer(1 - overlap)
+def _divisors(sums: Sequence[LayerSums], targets: Targets, shares: Shares) -> _Divisors:
+    counted = 0.0 if shares.blank else 1.0
+    first = sums[0].classes
+    counts = (sum(len(labels) for labels in targets.labels), len(targets.labels))
+    weights = [first[:0] if part.class_weight is None else part.class_weight for part in sums]
+    divisors = torch.cat((*weights, *(first.new_full((1,), count) for count in counts))) * counted
+    if shares.reduce_sum is not None:
+        divisors = shares.reduce_sum(divisors)
+    by_weight = (divisors[:-2] / shares.world_size).clamp(min=torch.finfo(torch.float32).tiny)
+    by_targets, by_pictures = (divisors[-2:].clamp(min=1) / shares.world_size).unbind()
+    split = torch.split(by_weight, [len(weight) for weight in weights])
+    of_classes = tuple(
+        by_targets.expand(len(part.classes)) if part.class_weight is None else by_classes
+        for part, by_classes in zip(sums, split, strict=True)
+    )
+    return _Divisors(of_classes, by_targets, by_pictures, counted)
+
+
+def _terms(
+    sums: LayerSums, by_classes: Float[Tensor, " layers"], divisors: _Divisors
+) -> dict[str, Float[Tensor, " layers"]]:
+    return {
+        "loss_ce": divisors.counted * sums.classes / by_classes,
+        "loss_bbox": divisors.counted * sums.distance / divisors.targets,
+        "loss_giou": divisors.counted * sums.giou / divisors.targets,
+    }
+
+
+def _weights_by_name(weights: LossWeights) -> dict[str, float]:
+    return {
+        "loss_ce": weights.classes,
+        "loss_bbox": weights.boxes_l1,
+        "loss_giou": weights.giou,
+        "loss_feature": weights.features,
+    }
 
 
 def _feature_loss(reconstruction: Reconstruction, matching: Matching) -> Float[Tensor, " layers"]:
@@ -163,41 +250,12 @@ def _feature_loss(reconstruction: Reconstruction, matching: Matching) -> Float[T
     return matching.by_layer(difference.square().sum(-1))
 
 
-@torch.no_grad()
-def _logged_terms(
-    logits: Float[Tensor, "layers batch queries classes"],
-    targets: PaddedTargets,
-    matching: Matching,
+def _named_by_layer(
+    terms: Mapping[str, Float[Tensor, " layers"]], suffixes: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Terms for the log alone.
-
-    The percentage of the last layer's matched queries that miss their class (100 where nothing is
-    matched, as in the public code), the mean difference of the numbers of found and of true
-    objects, and the targets without a query.
-    """
-    first = len(matching.layer) - matching.pairs_per_layer
-    picture, query, target = (
-        axis[first:] for axis in (matching.picture, matching.query, matching.target)
-    )
-    right = logits[-1, picture, query].argmax(-1) == targets.labels[picture, target]
-    error = 100 - 100 * right.float().mean() if len(right) else logits.new_full((), 100.0)
-
-    num_true = targets.present.sum(1)
-    num_found = (logits.argmax(-1) != logits.shape[-1] - 1).sum(-1)
-    cardinality = (num_found - num_true).abs().float().mean(1)
-    unmatched = (num_true - logits.shape[2]).clamp(min=0).sum().float()
+    """Each layer's value under the name with its suffix, without a graph."""
     return {
-        "class_error": error,
-        "unmatched_targets": unmatched,
-        **_named_by_layer({"cardinality_error": cardinality}),
+        name + suffix: value
+        for name, values in terms.items()
+        for suffix, value in zip(suffixes, values.detach().unbind(0), strict=True)
     }
-
-
-def _named_by_layer(terms: Mapping[str, Float[Tensor, " layers"]]) -> dict[str, Tensor]:
-    """The last layer's value under the bare name, layer l's with the suffix `_l`."""
-    named: dict[str, Tensor] = {}
-    for name, values in terms.items():
-        *others, last = values.unbind(0)
-        named[name] = last
-        named |= {f"{name}_{layer}": value for layer, value in enumerate(others)}
-    return named

@@ -2,24 +2,32 @@
 
 The costs of a query with the targets of its own picture are made on the device in float32, for all
 layers in one go (the public code makes the product of all pictures, of which it uses one part in
-the batch size), and copied to the host once; the assignment itself is scipy's, about 0.2 ms per
-layer of 32 pictures with 10 targets.
+the batch size), and copied to the host once, whatever is matched; the assignment itself is scipy's,
+about 0.2 ms per layer of 32 pictures with 10 targets. Class costs of sigmoid scores: Deformable
+DETR's (Zhu et al., ICLR 2021, 4.2), the focal loss of yes less that of no.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self, assert_never
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from pydantic import Field, model_validator
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from models.boxes import cxcywh_to_xyxy, generalized_iou
+from models.focal import focal_costs
 from models.settings import Settings
 from models.structures import Targets
+
+ClassScores = Literal["softmax", "sigmoid"]
+"""What logits say: one choice among the classes and "no object", the last logit (DETR); or yes or
+no for each class by itself, without a logit of "no object" (Deformable DETR).
+"""
 
 _NO_TARGET = torch.iinfo(torch.int64).min
 
@@ -28,7 +36,7 @@ class MatchingCosts(Settings):
     """How much each term of the matching cost counts."""
 
     classes: float = Field(default=1.0, ge=0)
-    """Weight of minus the probability of the target's class."""
+    """Weight of minus the probability of the target's class; of focal costs with sigmoid scores."""
     boxes_l1: float = Field(default=5.0, ge=0)
     """Weight of the L1 distance of normalised cxcywh boxes."""
     giou: float = Field(default=2.0, ge=0)
@@ -78,31 +86,61 @@ class Matching:
         return values.view(self.num_layers, self.pairs_per_layer).sum(1)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Candidates:
+    """Predictions of one kind, layer by layer, and the targets that they are matched with."""
+
+    places: tuple[str, ...]
+    """What says each layer, for messages, e.g. "decoder layer 5"."""
+    logits: Float[Tensor, "layers batch queries classes"]
+    boxes_cxcywh: Float[Tensor, "layers batch queries 4"]
+    targets: Targets
+
+
 def match(
     logits: Float[Tensor, "layers batch queries classes"],
     boxes_cxcywh: Float[Tensor, "layers batch queries 4"],
     targets: Targets,
     costs: MatchingCosts,
+    class_scores: ClassScores = "softmax",
 ) -> Matching:
+    """The pairs of least total cost, per decoder layer and picture; see `match_all`."""
+    places = decoder_places(len(logits))
+    candidates = Candidates(places, logits, boxes_cxcywh, targets)
+    (matching,) = match_all((candidates,), costs, class_scores)
+    return matching
+
+
+def decoder_places(num_layers: int) -> tuple[str, ...]:
+    """What decoder layers are called in messages."""
+    return tuple(f"decoder layer {layer}" for layer in range(num_layers))
+
+
+@torch.no_grad()
+def match_all(
+    candidates: Sequence[Candidates], costs: MatchingCosts, class_scores: ClassScores
+) -> tuple[Matching, ...]:
     """The pairs of least total cost, per layer and picture: min(queries, targets) of them.
 
-    The last logit is "no object". UnmatchableError names the layer and the picture of a cost that
-    is not finite, or the label that is not a class. One copy from the device to the host.
+    UnmatchableError names the layer and the picture of a cost that is not finite, or the label that
+    is not a class. One copy from the device to the host, and one back, for all candidates.
     """
-    counts = [len(labels) for labels in targets.labels]
-    cost = _costs(logits, boxes_cxcywh, pad_targets(targets), costs).cpu().numpy()
-    if not np.isfinite(cost).all():
-        raise UnmatchableError(_complaint(cost, logits, boxes_cxcywh, targets))
-    pairs: list[np.ndarray] = [np.empty((4, 0), dtype=np.int64)]
-    for layer, of_pictures in enumerate(cost):
-        for picture, count in enumerate(counts):
-            query, target = linear_sum_assignment(of_pictures[picture, :, :count])
-            place = np.broadcast_to([[layer], [picture]], (2, len(query)))
-            pairs.append(np.concatenate((place, query[None], target[None])))
-    indices = torch.from_numpy(np.concatenate(pairs, axis=1)).to(logits.device, non_blocking=True)
-    layer_of, picture_of, query_of, target_of = indices.unbind(0)
-    return Matching(layer_of, picture_of, query_of, target_of, num_layers=len(logits))
+    on_device = [_own_costs(each, costs, class_scores) for each in candidates]
+    on_host = torch.cat(on_device).cpu().numpy()
+    if not np.isfinite(on_host).all():
+        raise UnmatchableError(_first_complaint(candidates, on_device, costs, class_scores))
+    ends = np.cumsum([len(each) for each in on_device])
+    found = [
+        _assign(each, part)
+        for each, part in zip(candidates, np.split(on_host, ends[:-1]), strict=True)
+    ]
+    device = candidates[0].logits.device
+    indices = torch.from_numpy(np.concatenate(found, axis=1)).to(device, non_blocking=True)
+    parts = torch.split(indices, [pairs.shape[1] for pairs in found], dim=1)
+    return tuple(
+        Matching(pairs[0], pairs[1], pairs[2], pairs[3], num_layers=len(each.logits))
+        for each, pairs in zip(candidates, parts, strict=True)
+    )
 
 
 def pad_targets(targets: Targets) -> PaddedTargets:
@@ -112,16 +150,60 @@ def pad_targets(targets: Targets) -> PaddedTargets:
     return PaddedTargets(labels, boxes, present=labels != _NO_TARGET)
 
 
+def num_classes_of(num_logits: int, class_scores: ClassScores) -> int:
+    """The classes that so many logits speak of."""
+    match class_scores:
+        case "softmax":
+            return num_logits - 1
+        case "sigmoid":
+            return num_logits
+        case _:
+            assert_never(class_scores)
+
+
+def _own_costs(
+    candidates: Candidates, costs: MatchingCosts, class_scores: ClassScores
+) -> Float[Tensor, " entries"]:
+    """The costs of each picture's own targets, (layers, queries, targets) picture by picture."""
+    padded = _costs(candidates, pad_targets(candidates.targets), costs, class_scores)
+    counts = [len(labels) for labels in candidates.targets.labels]
+    return torch.cat(
+        [padded[:, picture, :, :count].flatten() for picture, count in enumerate(counts)]
+    )
+
+
+def _assign(
+    candidates: Candidates, costs: Float32[np.ndarray, " entries"]
+) -> Int64[np.ndarray, "4 pairs"]:
+    """Layer, picture, query and target of each pair, sorted by layer, then picture, then query."""
+    layers, _, queries, _ = candidates.logits.shape
+    counts = [len(labels) for labels in candidates.targets.labels]
+    ends = np.cumsum([layers * queries * count for count in counts])
+    by_picture = [
+        part.reshape(layers, queries, count)
+        for part, count in zip(np.split(costs, ends[:-1]), counts, strict=True)
+    ]
+    pairs: list[np.ndarray] = [np.empty((4, 0), dtype=np.int64)]
+    for layer in range(layers):
+        for picture, of_picture in enumerate(by_picture):
+            query, target = linear_sum_assignment(of_picture[layer])
+            place = np.broadcast_to([[layer], [picture]], (2, len(query)))
+            pairs.append(np.concatenate((place, query[None], target[None])))
+    return np.concatenate(pairs, axis=1)
+
+
 def _costs(
-    logits: Tensor, boxes_cxcywh: Tensor, targets: PaddedTargets, costs: MatchingCosts
+    candidates: Candidates,
+    targets: PaddedTargets,
+    costs: MatchingCosts,
+    class_scores: ClassScores,
 ) -> Float[Tensor, "layers batch queries targets"]:
     """Costs of every query with the targets of its picture; 0 where there is no target."""
-    num_classes = logits.shape[-1] - 1
+    logits, found = candidates.logits.float(), candidates.boxes_cxcywh.float()
+    num_classes = num_classes_of(logits.shape[-1], class_scores)
     with torch.autocast(logits.device.type, enabled=False):
-        probability = logits.float().softmax(-1)
         labels = targets.labels.clamp(0, num_classes - 1)[None, :, None, :]
-        class_cost = -probability.gather(-1, labels.expand(*probability.shape[:-1], -1))
-        found = boxes_cxcywh.float()
+        class_cost = _class_costs(logits, labels.expand(*logits.shape[:-1], -1), class_scores)
         box_cost = (found[..., :, None, :] - targets.boxes_cxcywh[None, :, None]).abs().sum(-1)
         giou_cost = -generalized_iou(
             cxcywh_to_xyxy(found), cxcywh_to_xyxy(targets.boxes_cxcywh)[None]
@@ -133,13 +215,39 @@ def _costs(
     return cost.masked_fill(~targets.present[:, None], 0.0)
 
 
-def _complaint(cost: np.ndarray, logits: Tensor, boxes: Tensor, targets: Targets) -> str:
+def _class_costs(
+    logits: Float[Tensor, "layers batch queries classes"],
+    labels: Int64[Tensor, "layers batch queries targets"],
+    class_scores: ClassScores,
+) -> Float[Tensor, "layers batch queries targets"]:
+    match class_scores:
+        case "softmax":
+            return -logits.softmax(-1).gather(-1, labels)
+        case "sigmoid":
+            return focal_costs(logits.gather(-1, labels))
+        case _:
+            assert_never(class_scores)
+
+
+def _first_complaint(
+    candidates: Sequence[Candidates],
+    found: Sequence[Tensor],
+    costs: MatchingCosts,
+    class_scores: ClassScores,
+) -> str:
     """What is wrong with the first cost that is not finite, in one line."""
+    number = next(n for n, each in enumerate(found) if not bool(each.isfinite().all()))
+    at = candidates[number]
+    padded = _costs(at, pad_targets(at.targets), costs, class_scores)
+    return _complaint(padded.cpu().numpy(), at, class_scores)
+
+
+def _complaint(cost: np.ndarray, at: Candidates, class_scores: ClassScores) -> str:
     layer, picture, query, target = (int(axis[0]) for axis in np.nonzero(~np.isfinite(cost)))
-    label = int(targets.labels[picture][target])
-    wanted = targets.boxes_cxcywh[picture][target]
+    label = int(at.targets.labels[picture][target])
+    wanted = at.targets.boxes_cxcywh[picture][target]
     place = f"target {target} of picture {picture} of the batch"
-    num_classes = logits.shape[-1] - 1
+    num_classes = num_classes_of(at.logits.shape[-1], class_scores)
     if not 0 <= label < num_classes:
         return (
             f"{place} has label {label}, the classes are 0 to {num_classes - 1}; "
@@ -148,9 +256,9 @@ def _complaint(cost: np.ndarray, logits: Tensor, boxes: Tensor, targets: Targets
     if not bool(wanted.isfinite().all()) or bool((wanted[2:] < 0).any()):
         return f"{place} has the box {_numbers(wanted)} (cx, cy, w, h); correct the annotation"
     return (
-        f"no finite matching cost in decoder layer {layer}, picture {picture} of the batch: query "
-        f"{query} says box {_numbers(boxes[layer, picture, query])} and logits "
-        f"{_numbers(logits[layer, picture, query])}; the training diverged or weights are broken"
+        f"no finite matching cost in {at.places[layer]}, picture {picture} of the batch: query "
+        f"{query} says box {_numbers(at.boxes_cxcywh[layer, picture, query])} and logits "
+        f"{_numbers(at.logits[layer, picture, query])}; the training diverged or weights are broken"
     )
 
 

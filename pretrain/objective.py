@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.losses import Reconstruction, set_losses, unmatched_losses
+from models.detection_losses import detection_losses, supervision_of, unmatched_losses
+from models.losses import Reconstruction
 from models.matching import UnmatchableError
 from models.patch_queries import PatchOutput, draw_patch_queries
 from models.structures import Losses, PatchBatch
@@ -39,9 +40,14 @@ class PatchObjective:
             return patch_losses(self.recipe, output, batch, self.world.size, all_reduce_sum)
         except UnmatchableError as error:
             logger.warning("the step is left out: %s", error)
-            (group,) = output.detection.groups
             others = () if output.reconstructions is None else (output.reconstructions,)
-            return unmatched_losses(group, others=others, reduce_sum=all_reduce_sum)
+            return unmatched_losses(
+                output.detection,
+                batch.targets,
+                supervision_of(self.recipe.model),
+                others=others,
+                reduce_sum=all_reduce_sum,
+            )
 
 
 def patch_losses(
@@ -51,16 +57,16 @@ def patch_losses(
     world_size: int = 1,
     reduce_sum: Callable[[Tensor], Tensor] | None = None,
 ) -> Losses:
-    """The losses of a batch; see `models.losses.set_losses`, whose errors pass through."""
-    (group,) = output.detection.groups
+    """The losses of a batch; see `detection_losses`, whose errors pass through."""
     reconstruction = None
     if output.reconstructions is not None:
         reconstruction = Reconstruction(output.reconstructions, output.patch_features)
-    return set_losses(
-        group,
+    return detection_losses(
+        output.detection,
         batch.targets,
         recipe.losses,
         recipe.costs,
+        supervision_of(recipe.model),
         reconstruction=reconstruction,
         reduce_sum=reduce_sum,
         world_size=world_size,

@@ -1,0 +1,154 @@
+"""Everything that a detector is taught in a step: its decoder, its tokens, its token selection.
+
+The set criterion (`models.losses`) on each decoder layer, and where the detector has them on what
+every token proposes after the encoder (two-stage Deformable DETR, terms `*_enc`), on what selected
+tokens say after each encoder layer (Sparse DETR, section 3.3, `*_enc_l`) and on what tokens say
+before the encoder (its objectness score, `*_backbone`), each with its own matching; and what the
+scoring network says of the tokens (`models.selection_losses`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+from models.detector_settings import DetectorSettings
+from models.losses import (
+    LossWeights,
+    Reconstruction,
+    Shares,
+    Supervised,
+    decoder_layers,
+    no_divisors,
+    supervised_losses,
+)
+from models.matching import Candidates, ClassScores, MatchingCosts
+from models.structures import DetectorOutput, Losses, Memory, Targets, TokenPredictions
+
+ProposalClasses = Literal["binary", "all"]
+"""What tokens are taught: that there is an object (label 0), or which one."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What a detector's settings say of how it is supervised; the defaults are DETR's."""
+
+    class_scores: ClassScores = "softmax"
+    proposal_classes: ProposalClasses = "binary"
+    legacy_dam: bool = False
+    """The released Sparse DETR's attention map, half a cell off."""
+    legacy_padding: bool = False
+    """The released Sparse DETR's loss of the scoring network, in which padding counts."""
+
+
+def supervision_of(settings: DetectorSettings) -> Supervision:
+    """How a detector of these settings is supervised."""
+    return Supervision(
+        class_scores=settings.class_scores,
+        proposal_classes=settings.proposal_classes,
+        legacy_dam=settings.selection.legacy_dam,
+        legacy_padding=settings.selection.legacy_padding,
+    )
+
+
+def detection_losses(
+    output: DetectorOutput,
+    targets: Targets,
+    weights: LossWeights,
+    costs: MatchingCosts,
+    supervision: Supervision,
+    *,
+    reconstruction: Reconstruction | None = None,
+    reduce_sum: Callable[[Tensor], Tensor] | None = None,
+    world_size: int = 1,
+    blank: bool = False,
+) -> Losses:
+    """The loss of what a detector with one query group says, and every term by name.
+
+    Divisors over the ranks, `blank` and the terms for the log as in `set_losses`. All is matched
+    before the one reduction, so that UnmatchableError, as in `match_all`, leaves no rank waiting:
+    then `unmatched_losses` takes part in it.
+    """
+    supervised = _supervised(output, targets, supervision, reconstruction)
+    shares = Shares(reduce_sum, world_size, blank)
+    return supervised_losses(supervised, targets, weights, costs, supervision.class_scores, shares)
+
+
+def unmatched_losses(
+    output: DetectorOutput,
+    targets: Targets,
+    supervision: Supervision,
+    *,
+    others: Sequence[Tensor] = (),
+    reduce_sum: Callable[[Tensor], Tensor] | None = None,
+) -> Losses:
+    """What stands in for `detection_losses` where nothing can be matched (UnmatchableError).
+
+    A total of NaN that reaches every parameter behind the output and `others`, and this rank's part
+    in the ranks' sum: the loop then leaves the step out on all ranks alike, where an exception
+    would end one of them and leave the others waiting.
+    """
+    supervised = _supervised(output, targets, supervision, None)
+    if reduce_sum is not None:
+        reduce_sum(no_divisors(supervised, supervision.class_scores))
+    said = [
+        tensor
+        for each in supervised
+        for tensor in (each.candidates.logits, each.candidates.boxes_cxcywh)
+    ]
+    selection = output.memory.selection
+    if selection is not None and selection.scores is not None:
+        said.append(selection.scores)
+    return Losses(torch.stack([t.float().sum() for t in (*said, *others)]).sum() * torch.nan)
+
+
+def _supervised(
+    output: DetectorOutput,
+    targets: Targets,
+    supervision: Supervision,
+    reconstruction: Reconstruction | None,
+) -> tuple[Supervised, ...]:
+    """All predictions that are matched, those of the decoder first."""
+    (group,) = output.groups
+    decoder = decoder_layers(group, targets, reconstruction)
+    return (decoder, *_of_tokens(output.memory, _token_targets(targets, supervision)))
+
+
+def _of_tokens(memory: Memory, targets: Targets) -> tuple[Supervised, ...]:
+    """What tokens say, wherever they are asked."""
+    supervised: list[Supervised] = []
+    if memory.proposals is not None:
+        supervised.append(_tokens((memory.proposals,), ("the proposals",), ("_enc",), targets))
+    if memory.encoder_layers:
+        numbers = range(len(memory.encoder_layers))
+        places = tuple(f"encoder layer {number}" for number in numbers)
+        suffixes = tuple(f"_enc_{number}" for number in numbers)
+        supervised.append(_tokens(memory.encoder_layers, places, suffixes, targets))
+    if memory.objectness is not None:
+        places = ("the tokens before the encoder",)
+        supervised.append(_tokens((memory.objectness,), places, ("_backbone",), targets))
+    return tuple(supervised)
+
+
+def _tokens(
+    layers: Sequence[TokenPredictions],
+    places: tuple[str, ...],
+    suffixes: tuple[str, ...],
+    targets: Targets,
+) -> Supervised:
+    logits = torch.stack([layer.logits.float() for layer in layers])
+    boxes = torch.stack([layer.boxes.float() for layer in layers])
+    return Supervised(suffixes, Candidates(places, logits, boxes, targets))
+
+
+def _token_targets(targets: Targets, supervision: Supervision) -> Targets:
+    match supervision.proposal_classes:
+        case "all":
+            return targets
+        case "binary":
+            labels = tuple(torch.zeros_like(labels) for labels in targets.labels)
+            return Targets(targets.boxes_cxcywh, labels)
+        case _:
+            assert_never(supervision.proposal_classes)
