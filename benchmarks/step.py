@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbone import BackboneSettings
-from models.detector import DetectorSettings
+from models.detector_settings import DetectorSettings
 from models.interop.detr import load_detr
 from models.losses import LossWeights, Reconstruction, set_losses
 from models.matching import MatchingCosts

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from models.artefact import Artefact, without_credentials
-from models.detector import Detector, DetectorSettings
+from models.detector import Detector
+from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError, read_checkpoint
 from models.interop.placing import LoadReport, place_tensors
 from models.interop.recognise import recognise
@@ -89,7 +90,7 @@ def fill(
     Raises:
         WeightsError: names everything that does not fit; the model is unchanged then.
     """
-    return place_tensors(
+    report = place_tensors(
         model,
         bare_tensors(artefact),
         file_name=bare_name,
@@ -97,6 +98,7 @@ def fill(
         new=tuple(pattern for name in new for pattern in (name, _DETECTOR + name)),
         source=artefact.source,
     )
+    return replace(report, notes=(*report.notes, *artefact.notes))
 
 
 def bare_tensors(artefact: Artefact) -> dict[str, Tensor]:
@@ -128,7 +130,9 @@ def _recipes_detector(found: RunWeights) -> DetectorSettings | None:
 
 def _of_file(source: str, config: Mapping[str, object] | None) -> Artefact:
     file = read_checkpoint(source)
-    return recognise(file.tensors, file.metadata, source, config=config)
+    return recognise(
+        file.tensors, file.metadata, source, arguments=file.arguments, config=config
+    )
 
 
 def _config_beside(file: RunFolder) -> Mapping[str, object] | None:

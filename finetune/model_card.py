@@ -3,7 +3,7 @@
 from typing import Literal
 
 from models.artefact import Artefact, querypatch_version
-from models.detector import DetectorSettings
+from models.detector_settings import DetectorSettings
 
 _SHOWN_CLASSES = 100
 

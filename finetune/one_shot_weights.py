@@ -13,7 +13,7 @@ import torch
 from finetune.artefacts import bare_tensors, fill, open_weights
 from finetune.transfer import resolved_settings, with_backbone
 from models.artefact import Artefact, without_credentials
-from models.detector import DetectorSettings
+from models.detector_settings import DetectorSettings
 from models.interop.backbones import load_backbone
 from models.interop.checkpoint_files import WeightsError
 from models.interop.placing import LoadReport

@@ -25,9 +25,9 @@ from data.pictures import decode_picture, resize, resized_size
 from data.synthetic import draw_scene
 from finetune.picture_sources import read_bytes
 from models.artefact import PictureInput
+from models.backbone import run_last
 from models.detector import Detector
 from models.interop.checkpoint_files import WeightsError
-from models.resnet import run_resnet
 from models.structures import Images
 
 BOX_TOLERANCE = 1e-4
@@ -83,8 +83,8 @@ class _Traced(nn.Module):
         pixels: Float[Tensor, "batch 3 height width"],
         padding: Bool[Tensor, "batch height width"],
     ) -> tuple[Float[Tensor, "batch queries logits"], Float[Tensor, "batch queries 4"]]:
-        memory = self.detector.encode_features(run_resnet(self.folded, pixels), padding)
-        group = self.detector.query_group(pixels.shape[0])
+        memory = self.detector.encode_features((run_last(self.folded, pixels),), padding)
+        group = self.detector.query_group(memory)
         last = self.detector.decode(memory, (group,)).groups[0].layers[-1]
         return last.logits, last.boxes
 

@@ -14,7 +14,7 @@ from finetune.evaluation import EvaluationSettings
 from finetune.metric_names import QUALITY_NAMES, number_names, one_shot_names
 from finetune.one_shot import OneShotSettings
 from finetune.panoptic import PanopticSettings
-from models.detector import DetectorSettings
+from models.detector_settings import DetectorSettings
 from models.interop.backbones import RANDOM_WEIGHTS
 from models.losses import LossWeights
 from models.matching import MatchingCosts

@@ -25,7 +25,7 @@ from finetune.sets import SUBSET, open_sets
 from finetune.task import Task, TaskSets
 from finetune.transfer import resolve_model
 from models.artefact import ArtefactKind, PictureInput, Provenance, artefact_metadata
-from models.detector import DetectorSettings
+from models.detector_settings import DetectorSettings
 from models.structures import Classes, DetectionBatch
 from training.checkpoint import newest_checkpoint
 from training.early_stop import stopped_at

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from finetune.artefacts import BESIDE, bare_tensors, fill, open_weights
 from models.artefact import Artefact, without_credentials
-from models.detector import Detector, DetectorSettings
+from models.detector import Detector
+from models.detector_settings import DetectorSettings
 from models.interop.backbones import RANDOM_WEIGHTS, load_backbone
 from models.interop.checkpoint_files import WeightsError
 from models.interop.class_names import match_names

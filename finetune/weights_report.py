@@ -11,7 +11,7 @@ from models.interop.placing import PARTS, part_of
 
 _FORMS = {
     "querypatch": "querypatch",
-    "detr": "facebookresearch/detr's names",
+    "detr": "the public code's names",
     "hf": "transformers' names",
 }
 _SHOWN_CLASSES = 12
@@ -33,6 +33,7 @@ def described(artefact: Artefact) -> str:
         "kind": f"{artefact.kind} ({_FORMS[artefact.form]})",
         "architecture": architecture(artefact.detector),
         "guessed": ", ".join(artefact.guessed),
+        "notes": "; ".join(artefact.notes),
         "classes": _classes(artefact),
         "input": f"shorter side {artefact.input.short_side}, at most {artefact.input.max_size}",
         "written by": f"querypatch {told.version}" if told.version else "",

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from models.detector import DetectorSettings
+from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.mask_head import MaskHeadSettings
 from models.settings import Settings
@@ -76,11 +76,13 @@ class Artefact:
     source: str
     """Path or URL that was read, without credentials."""
     form: Literal["querypatch", "detr", "hf"] = "querypatch"
-    """Whose names the file used: ours, facebookresearch/detr's, or those of transformers."""
+    """Whose names the file used: ours, those of the detector's public code, or transformers'."""
     guessed: tuple[str, ...] = ()
     """Keys, e.g. `num_heads`, that the file cannot tell and that have their usual value here."""
     masks: MaskHeadSettings | None = None
     """Of a panoptic detector's mask head, None for other kinds."""
+    notes: tuple[str, ...] = ()
+    """What else a reader of the file should know, a sentence each."""
 
 
 class _Header(Settings):

@@ -1,67 +1,67 @@
-"""DETR: a CNN, a transformer, and object queries that each say one box (Carion et al., ECCV 2020).
+"""The detectors: a CNN, a transformer, and object queries that each say one box.
 
-One architecture for all detectors: `encode` turns pictures into a memory, `decode` lets groups of
+DETR (Carion et al., ECCV 2020), Deformable DETR (Zhu et al., ICLR 2021) and Sparse DETR (Roh et
+al., ICLR 2022) in one architecture: `encode` turns pictures into a memory, `decode` lets groups of
 queries read it with shared weights. UP-DETR adds its patches to the queries outside
 (`models.patch_queries`); nothing here knows of them.
 """
 
-from typing import Self
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from models.backbone import Backbone, BackboneSettings, feature_padding
+from models.backbone import Backbone, feature_padding
+from models.deformable_attention import cell_centres
+from models.detector_settings import DetectorSettings
+from models.heads import (
+    BoxHead,
+    begin_at_reference,
+    begin_rare,
+    box_heads,
+    class_heads,
+    read_boxes,
+    read_logits,
+)
 from models.initialise import initialise
-from models.position import LearnedPositions, PositionCode, sine_positions
-from models.settings import Settings
-from models.structures import DetectorOutput, GroupOutput, Images, LayerOutput, Memory, QueryGroup
-from models.transformer import DecodedLayer, Decoder, Encoder, TransformerShape
+from models.levels import input_levels, level_paddings, project_levels, valid_ratios
+from models.position import LearnedPositions, sine_positions
+from models.proposals import (
+    FirstBoxes,
+    ProposalQueries,
+    ProposalTokens,
+    best_proposals,
+    first_boxes,
+    predict_tokens,
+    queries_of,
+)
+from models.selection import TokenScorer, chance, select_tokens
+from models.structures import (
+    DetectorOutput,
+    GroupOutput,
+    Images,
+    LayerOutput,
+    LearnedQueries,
+    Memory,
+    QueryGroup,
+    Record,
+    TokenPredictions,
+    TokenSelection,
+)
+from models.transformer import (
+    Cells,
+    DecodedLayer,
+    Decoder,
+    EncodedCells,
+    Encoder,
+    decoder_shape,
+    encoder_shape,
+    take,
+)
 
-
-class DetectorSettings(Settings):
-    """A DETR detector; the defaults are those of the paper."""
-
-    backbone: BackboneSettings
-    """The CNN."""
-    hidden_dim: int = Field(default=256, gt=0)
-    """Channels of tokens and queries."""
-    num_heads: int = Field(default=8, gt=0)
-    """Attention heads; they share hidden_dim evenly."""
-    encoder_layers: int = Field(default=6, ge=0)
-    """Layers of the encoder."""
-    decoder_layers: int = Field(default=6, gt=0)
-    """Layers of the decoder; each one is supervised."""
-    feedforward_dim: int = Field(default=2048, gt=0)
-    """Inner channels of the feed-forward networks."""
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of attention weights, sublayer outputs and inner values dropped in training."""
-    pre_norm: bool = False
-    """Normalise before each sublayer (UP-DETR's public weights) instead of after it (DETR)."""
-    position: PositionCode = "sine"
-    """How a token says where it is: sine waves, or learned vectors for at most 50 x 50 cells."""
-    num_queries: int = Field(default=100, gt=0)
-    """Object queries, the most boxes that one picture can get."""
-    num_classes: int | None = Field(default=None, gt=0)
-    """Classes, labelled from 0 on; "no object" is not one of them, but a last logit of its own.
-    Null takes as many as the data have, before the detector is made.
-    """
-
-    @model_validator(mode="after")
-    def _divisible(self) -> Self:
-        if self.hidden_dim % self.num_heads:
-            raise ValueError(
-                f"hidden_dim={self.hidden_dim} cannot be shared evenly between "
-                f"num_heads={self.num_heads}; use a multiple, e.g. hidden_dim={self.num_heads * 32}"
-            )
-        if self.hidden_dim % 4:
-            raise ValueError(
-                f"hidden_dim={self.hidden_dim} must be a multiple of 4, for sines and cosines of "
-                f"two axes; use e.g. hidden_dim={-(-self.hidden_dim // 4) * 4}"
-            )
-        return self
+_FIRST_SIZE_LOGIT = -2.0
+"""Learned reference points begin with boxes of side sigmoid(-2) = 0.12 (the paper says 0.1)."""
 
 
 class Detector(nn.Module):
@@ -72,64 +72,76 @@ class Detector(nn.Module):
         if settings.num_classes is None:
             raise ValueError("num_classes is null: a detector needs a number, that of its data")
         self.settings = settings
-        shape = TransformerShape(
-            dim=settings.hidden_dim,
-            num_heads=settings.num_heads,
-            feedforward_dim=settings.feedforward_dim,
-            dropout=settings.dropout,
-            pre_norm=settings.pre_norm,
-        )
+        dim = settings.hidden_dim
         self.backbone = Backbone(settings.backbone)
-        self.input_projection = nn.Linear(self.backbone.channels, settings.hidden_dim)
-        self.learned_positions = (
-            LearnedPositions(settings.hidden_dim) if settings.position == "learned" else None
-        )
-        self.encoder = Encoder(shape, settings.encoder_layers)
-        self.decoder = Decoder(shape, settings.decoder_layers)
-        self.queries = nn.Embedding(settings.num_queries, settings.hidden_dim)
-        self.class_head = nn.Linear(settings.hidden_dim, settings.num_classes + 1)
-        self.box_head = Perceptron(settings.hidden_dim, settings.hidden_dim, 4, num_layers=3)
+        self._make_input(settings)
+        self.encoder = Encoder(encoder_shape(settings), settings.encoder_layers)
+        self.decoder = Decoder(decoder_shape(settings), settings.decoder_layers)
+        self._make_queries(settings)
+        depth = settings.decoder_layers if settings.box_refinement else None
+        self.class_head = _heads(depth, lambda: nn.Linear(dim, num_logits(settings)))
+        self.box_head = _heads(depth, lambda: BoxHead(dim))
+        self._make_token_heads(settings)
         initialise(self, generator)
+        self._begin(generator)
 
-    def forward(self, images: Images, record: bool = False) -> DetectorOutput:
-        """What the object queries find, and with `record` where each layer and head looked."""
-        return self.decode(self.encode(images), (self.query_group(len(images.sizes)),), record)
+    def forward(self, images: Images, record: Record = "nothing") -> DetectorOutput:
+        """What the object queries find, and with `record` where each layer and head looked.
+
+        Where a scoring network learns, training records the attention to the memory anyhow.
+        """
+        memory = self.encode(images)
+        return self.decode(memory, (self.query_group(memory),), record)
 
     def encode(self, images: Images) -> Memory:
-        """The pictures as tokens, one level."""
-        return self.encode_features(self.backbone(images.pixels), images.padding)
+        """The pictures as tokens."""
+        features = self.backbone.levels(images.pixels, self.settings.backbone_levels)
+        return self.encode_features(features, images.padding)
 
     def encode_features(
         self,
-        features: Float[Tensor, "batch channels rows columns"],
+        features: tuple[Float[Tensor, "batch _ _ _"], ...],
         padding: Bool[Tensor, "batch height width"],
     ) -> Memory:
-        """The backbone's features of pictures with the given padding as tokens, one level."""
-        rows, columns = features.shape[-2:]
-        cells_padding = feature_padding(padding, rows, columns)
-        position = self._positions(cells_padding).flatten(1, 2)
-        flat_padding = cells_padding.flatten(1)
+        """The backbone's maps of pictures with the given padding as tokens, finest level first."""
+        cells = self._cells(features, padding)
+        first = None
+        if self.proposal_tokens is not None:
+            first = first_boxes(cells.padding, cells.spatial_shapes)
+        selection, objectness = self._select(cells, first)
+        auxiliary = self.encoder_class_head is not None and self.training
+        encoded = self.encoder(cells, selection, keep_layers=auxiliary)
         return Memory(
-            tokens=self.encoder(self.project(features), position, flat_padding),
-            position=position,
-            padding=flat_padding,
-            spatial_shapes=((rows, columns),),
-            valid_ratios=_valid_ratios(cells_padding),
+            tokens=encoded.tokens,
+            position=cells.position,
+            padding=cells.padding,
+            spatial_shapes=cells.spatial_shapes,
+            valid_ratios=cells.valid_ratios,
+            selection=selection,
+            proposals=self._propose(encoded.tokens, first),
+            encoder_layers=self._read_encoder(encoded, first, selection) if auxiliary else (),
+            objectness=objectness if self.training else None,
         )
 
     def project(
         self, features: Float[Tensor, "batch channels rows columns"]
     ) -> Float[Tensor, "batch tokens dim"]:
-        """The backbone's features as the encoder takes them in."""
+        """A dense encoder's only map as it takes it in."""
+        assert self.input_projection is not None
         tokens = features.permute(0, 2, 3, 1).flatten(1, 2).to(self.input_projection.weight.dtype)
         projected: Tensor = self.input_projection(tokens)
         return projected
 
     def decode(
-        self, memory: Memory, groups: tuple[QueryGroup, ...], record: bool = False
+        self, memory: Memory, groups: tuple[QueryGroup, ...], record: Record = "nothing"
     ) -> DetectorOutput:
         """What each group finds; a group's answer does not depend on the other groups."""
-        decoded = self.decoder(memory, groups, record)
+        if record == "nothing" and self.training and self.settings.learns_selection:
+            record = "cross"
+        refining = None
+        if self.settings.box_refinement:
+            refining = box_heads(self.box_head, self.settings.decoder_layers)
+        decoded = self.decoder(memory, groups, record, refining)
         return DetectorOutput(
             groups=tuple(
                 GroupOutput(group.name, self._read(layers))
@@ -138,29 +150,218 @@ class Detector(nn.Module):
             memory=memory,
         )
 
-    def query_group(self, batch: int) -> QueryGroup:
-        """The object queries: empty content, learned positions."""
-        position = self.queries.weight.expand(batch, -1, -1)
-        return QueryGroup("queries", content=torch.zeros_like(position), position=position)
+    def query_group(self, memory: Memory) -> QueryGroup:
+        """The object queries: learned ones, or the best proposals of the memory's tokens.
+
+        There are never more of the latter than tokens.
+        """
+        if memory.proposals is None:
+            learned, batch = self.learned_queries(), len(memory.tokens)
+            reference = learned.reference
+            return QueryGroup(
+                "queries",
+                content=learned.content.expand(batch, -1, -1),
+                position=learned.position.expand(batch, -1, -1),
+                reference=None if reference is None else reference.expand(batch, -1, -1),
+            )
+        assert self.proposal_queries is not None
+        best = best_proposals(self.proposal_scores(memory.proposals), self.settings.num_queries)
+        return queries_of(best, memory.proposals, memory.tokens, self.proposal_queries)
+
+    def learned_queries(self) -> LearnedQueries:
+        """The queries that are parameters; ValueError for a two-stage detector, without any."""
+        if self.queries is None:
+            raise ValueError(
+                "two_stage=true has no learned queries; use two_stage=false, and two_stage=true "
+                "when the transformer is finetuned"
+            )
+        vectors = self.queries.weight
+        if self.reference_points is None:
+            return LearnedQueries(vectors, torch.zeros_like(vectors), None)
+        position, content = vectors.chunk(2, dim=-1)
+        with torch.autocast(vectors.device.type, enabled=False):
+            reference = self.reference_points(position).sigmoid()
+        return LearnedQueries(position, content, reference)
+
+    def proposal_scores(self, proposals: TokenPredictions) -> Float[Tensor, "batch tokens"]:
+        """How good a query each token would make: its best class, or that it is an object."""
+        if self.settings.proposal_classes == "all":
+            return proposals.logits.amax(-1)
+        return proposals.logits[..., 0]
+
+    def _make_input(self, settings: DetectorSettings) -> None:
+        dim, several = settings.hidden_dim, settings.encoder_attention == "deformable"
+        self.input_projection = None if several else nn.Linear(self.backbone.channels, dim)
+        self.input_projections, self.level_embedding = None, None
+        if several:
+            channels = self.backbone.level_channels(settings.backbone_levels)
+            self.input_projections = input_levels(channels, dim, settings.feature_levels)
+            self.level_embedding = nn.Parameter(torch.empty(settings.feature_levels, dim))
+        learned = settings.position == "learned"
+        self.learned_positions = LearnedPositions(dim) if learned else None
+
+    def _make_queries(self, settings: DetectorSettings) -> None:
+        dim = settings.hidden_dim
+        samples = settings.decoder_attention == "deformable"
+        self.queries, self.reference_points, self.proposal_queries = None, None, None
+        if settings.two_stage:
+            keeps_token = settings.proposal_content == "memory"
+            self.proposal_queries = ProposalQueries(dim, dim if keeps_token else 2 * dim)
+            return
+        self.queries = nn.Embedding(settings.num_queries, 2 * dim if samples else dim)
+        self.reference_points = nn.Linear(dim, 2) if samples else None
+
+    def _make_token_heads(self, settings: DetectorSettings) -> None:
+        """What tokens say before and after the encoder, where anything is asked of them."""
+        dim, logits, sparse = settings.hidden_dim, num_logits(settings), settings.rho is not None
+        chosen = settings.selection
+        proposes = settings.two_stage or sparse
+        self.proposal_tokens = ProposalTokens(dim) if proposes else None
+        self.proposal_class_head = nn.Linear(dim, logits) if settings.two_stage else None
+        self.proposal_box_head = BoxHead(dim) if settings.two_stage else None
+        self.scorer = TokenScorer(dim) if settings.learns_selection else None
+        rates = sparse and chosen.criterion == "objectness"
+        self.objectness_class_head = nn.Linear(dim, logits) if rates else None
+        self.objectness_box_head = BoxHead(dim) if rates else None
+        inner = settings.encoder_layers - 1
+        auxiliary = sparse and chosen.encoder_auxiliary and inner > 0
+        self.encoder_class_head = (
+            _heads(inner, lambda: nn.Linear(dim, logits)) if auxiliary else None
+        )
+        self.encoder_box_head = _heads(inner, lambda: BoxHead(dim)) if auxiliary else None
+
+    def _begin(self, generator: torch.Generator) -> None:
+        """First values that are no distribution of their own (Deformable DETR, A.3, A.4)."""
+        settings = self.settings
+        if self.level_embedding is not None:
+            nn.init.normal_(self.level_embedding, generator=generator)
+        if self.reference_points is not None:
+            nn.init.xavier_uniform_(self.reference_points.weight, generator=generator)
+            nn.init.zeros_(self.reference_points.bias)
+        for name, part in self.named_modules():
+            if isinstance(part, nn.Linear) and "class_head" in name:
+                if settings.class_scores == "sigmoid":
+                    begin_rare(part)
+            elif isinstance(part, BoxHead) and settings.decoder_attention == "deformable":
+                sized = not settings.two_stage and name in ("box_head", "box_head.0")
+                begin_at_reference(part, _FIRST_SIZE_LOGIT if sized else 0.0)
+
+    def _cells(
+        self,
+        features: tuple[Float[Tensor, "batch _ _ _"], ...],
+        padding: Bool[Tensor, "batch height width"],
+    ) -> Cells:
+        if self.input_projections is None:
+            (only,) = features
+            rows, columns = only.shape[-2:]
+            paddings: tuple[Tensor, ...] = (feature_padding(padding, rows, columns),)
+            tokens, position = self.project(only), self._positions(paddings[0]).flatten(1, 2)
+        else:
+            assert self.level_embedding is not None
+            maps = project_levels(self.input_projections, features)
+            paddings = level_paddings(padding, maps)
+            tokens = torch.cat([one.flatten(2).transpose(1, 2) for one in maps], dim=1)
+            codes = [
+                self._positions(one).flatten(1, 2) + self.level_embedding[level]
+                for level, one in enumerate(paddings)
+            ]
+            position = torch.cat(codes, dim=1)
+        shapes = tuple((one.shape[1], one.shape[2]) for one in paddings)
+        ratios = valid_ratios(paddings)
+        sampled = self.settings.encoder_attention == "deformable"
+        return Cells(
+            tokens=tokens,
+            position=position,
+            padding=torch.cat([one.flatten(1) for one in paddings], dim=1),
+            spatial_shapes=shapes,
+            valid_ratios=ratios,
+            references=cell_centres(shapes, ratios) if sampled else None,
+        )
 
     def _positions(self, padding: Bool[Tensor, "batch rows columns"]) -> Tensor:
         if self.learned_positions is None:
-            return sine_positions(padding, self.settings.hidden_dim)
+            centred = self.settings.encoder_attention == "deformable"
+            return sine_positions(padding, self.settings.hidden_dim, at_centres=centred)
         learned: Tensor = self.learned_positions(padding)
         return learned
 
+    def _select(
+        self, cells: Cells, first: FirstBoxes | None
+    ) -> tuple[TokenSelection | None, TokenPredictions | None]:
+        """The tokens to update and, where tokens are scored as detectors, what they say."""
+        rho, chosen = self.settings.rho, self.settings.selection
+        if rho is None:
+            return None, None
+        assert first is not None
+        if chosen.criterion == "random":
+            return select_tokens(chance(cells.padding, self.training), cells.padding, rho), None
+        features = self._proposing(cells.tokens + cells.position, first)
+        if self.scorer is not None:
+            left_out = None if chosen.legacy_padding else cells.padding
+            scores = self.scorer(features, left_out)
+            selection = select_tokens(
+                scores, cells.padding, rho, scores=scores, beyond_valid=chosen.legacy_padding
+            )
+            return selection, None
+        assert self.objectness_class_head is not None
+        assert self.objectness_box_head is not None
+        said = predict_tokens(
+            features, first.logits, self.objectness_class_head, self.objectness_box_head
+        )
+        return select_tokens(self.proposal_scores(said), cells.padding, rho), said
+
+    def _propose(
+        self,
+        tokens: Float[Tensor, "batch tokens dim"],
+        first: FirstBoxes | None,
+    ) -> TokenPredictions | None:
+        if self.proposal_class_head is None or self.proposal_box_head is None:
+            return None
+        assert first is not None
+        features = self._proposing(tokens, first)
+        return predict_tokens(
+            features, first.logits, self.proposal_class_head, self.proposal_box_head
+        )
+
+    def _proposing(self, tokens: Tensor, first: FirstBoxes) -> Tensor:
+        """The same projection before the encoder, for scores, and after it, for proposals."""
+        assert self.proposal_tokens is not None
+        features: Tensor = self.proposal_tokens(tokens, first.usable)
+        return features
+
+    def _read_encoder(
+        self, encoded: EncodedCells, first: FirstBoxes | None, selection: TokenSelection | None
+    ) -> tuple[TokenPredictions, ...]:
+        """What the updated tokens say after each layer but the last."""
+        assert self.encoder_class_head is not None
+        assert self.encoder_box_head is not None
+        assert first is not None
+        start = take(first.logits, selection)
+        layers = encoded.updated[:-1]
+        classes = class_heads(self.encoder_class_head, len(layers))
+        boxes = box_heads(self.encoder_box_head, len(layers))
+        return tuple(
+            predict_tokens(updated, start, class_head, box_head)
+            for updated, class_head, box_head in zip(layers, classes, boxes, strict=True)
+        )
+
     def _read(self, layers: tuple[DecodedLayer, ...]) -> tuple[LayerOutput, ...]:
-        """The heads on all layers at once; float32, since bfloat16 rounds boxes to about 1/500."""
+        """The heads on the layers; all at once where they are shared."""
         hidden = torch.stack([layer.hidden for layer in layers])
-        with torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden.to(self.class_head.weight.dtype)
-            logits = self.class_head(hidden)
-            boxes = self.box_head(hidden).sigmoid()
+        if isinstance(self.class_head, nn.Linear):
+            logits = read_logits(self.class_head, hidden)
+        else:
+            heads = class_heads(self.class_head, len(layers))
+            logits = torch.stack([read_logits(head, hidden[n]) for n, head in enumerate(heads)])
+        boxes = [layer.boxes for layer in layers if layer.boxes is not None]
+        if isinstance(self.box_head, BoxHead):
+            boxes = list(read_boxes(self.box_head, hidden, layers[0].reference))
         return tuple(
             LayerOutput(
-                hidden=hidden[number],
+                hidden=layer.hidden,
                 logits=logits[number],
                 boxes=boxes[number],
+                reference=layer.reference,
                 self_attention=layer.self_attention,
                 cross_attention=layer.cross_attention,
             )
@@ -168,25 +369,12 @@ class Detector(nn.Module):
         )
 
 
-class Perceptron(nn.Module):
-    """Linear layers with ReLU between them."""
-
-    def __init__(self, dim_in: int, dim_inner: int, dim_out: int, *, num_layers: int) -> None:
-        super().__init__()
-        dims = [dim_in] + [dim_inner] * (num_layers - 1) + [dim_out]
-        self.layers = nn.ModuleList(nn.Linear(dims[n], dims[n + 1]) for n in range(num_layers))
-
-    def forward(self, tokens: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim_out"]:
-        """The last layer's output, without an activation."""
-        *inner, last = self.layers
-        for layer in inner:
-            tokens = F.relu(layer(tokens))
-        projected: Tensor = last(tokens)
-        return projected
+def num_logits(settings: DetectorSettings) -> int:
+    """Logits of a class head: one per class, and one for "no object" where they exclude it."""
+    assert settings.num_classes is not None
+    return settings.num_classes + (settings.class_scores == "softmax")
 
 
-def _valid_ratios(padding: Bool[Tensor, "batch rows columns"]) -> Float[Tensor, "batch 1 2"]:
-    valid = ~padding
-    rows = valid[:, :, 0].float().mean(1)
-    columns = valid[:, 0, :].float().mean(1)
-    return torch.stack((rows, columns), dim=-1)[:, None, :]
+def _heads(depth: int | None, make: Callable[[], nn.Module]) -> nn.Module:
+    """One head for all layers, or one per layer."""
+    return make() if depth is None else nn.ModuleList(make() for _ in range(depth))

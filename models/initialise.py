@@ -1,8 +1,9 @@
-"""Random weights of a detector from an explicit generator, with DETR's distributions.
+"""Random weights of a detector from an explicit generator, with the distributions of its paper.
 
 Transformer: Xavier-uniform matrices, attention biases 0; heads and projections: torch's defaults;
 queries N(0, 1); learned positions U(0, 1); ResNet convolutions: He-normal over the outputs, as
-torchvision. The same generator state gives the same weights on every rank and machine.
+torchvision; Swin: normal of deviation 0.02 and biases 0, as its authors. The same generator state
+gives the same weights on every rank and machine.
 """
 
 import math
@@ -11,7 +12,12 @@ import torch
 from torch import nn
 
 from models.attention import Attention
+from models.deformable_attention import DeformableAttention
+from models.levels import InputLevel
 from models.position import LearnedPositions
+from models.proposals import ProposalQueries, ProposalTokens
+from models.selection import TokenScorer
+from models.swin import Swin, WindowAttention
 from models.transformer import FeedForward
 
 
@@ -34,13 +40,28 @@ def _draw(part: nn.Module, generator: torch.Generator) -> None:
         case FeedForward():
             nn.init.xavier_uniform_(part.widen.weight, generator=generator)
             nn.init.xavier_uniform_(part.narrow.weight, generator=generator)
+        case DeformableAttention():
+            _draw_sampling(part, generator)
+        case InputLevel():
+            nn.init.xavier_uniform_(part.convolution.weight, generator=generator)
+            assert part.convolution.bias is not None
+            nn.init.zeros_(part.convolution.bias)
+        case ProposalTokens() | ProposalQueries():
+            nn.init.xavier_uniform_(part.projection.weight, generator=generator)
+        case TokenScorer():
+            for layer in part.layers:
+                assert isinstance(layer, nn.Linear)
+                nn.init.xavier_uniform_(layer.weight, generator=generator)
         case LearnedPositions():
             nn.init.uniform_(part.rows.weight, generator=generator)
             nn.init.uniform_(part.columns.weight, generator=generator)
         case nn.Linear():
             bound = 1 / math.sqrt(part.in_features)
             nn.init.uniform_(part.weight, -bound, bound, generator=generator)
-            nn.init.uniform_(part.bias, -bound, bound, generator=generator)
+            if part.bias is not None:
+                nn.init.uniform_(part.bias, -bound, bound, generator=generator)
+        case Swin():
+            _draw_swin(part, generator)
         case nn.Conv2d():
             nn.init.kaiming_normal_(
                 part.weight, mode="fan_out", nonlinearity="relu", generator=generator
@@ -49,3 +70,39 @@ def _draw(part: nn.Module, generator: torch.Generator) -> None:
             nn.init.normal_(part.weight, generator=generator)
         case _:
             pass
+
+
+def _draw_sampling(part: DeformableAttention, generator: torch.Generator) -> None:
+    """Every head looks in a direction of its own, 1, 2, ... cells far (Deformable DETR, A.3).
+
+    The directions are evenly spread and reach the edge of a square; all samples weigh the same.
+    """
+    turn = torch.arange(part.num_heads) * (2 * math.pi / part.num_heads)
+    direction = torch.stack((turn.cos(), turn.sin()), dim=-1)
+    direction = direction / direction.abs().amax(-1, keepdim=True)
+    reach = torch.arange(1, part.num_points + 1)
+    offsets = direction[:, None, None, :] * reach[:, None]
+    offsets = offsets.expand(-1, part.num_levels, -1, -1)
+    nn.init.zeros_(part.sampling_offsets.weight)
+    part.sampling_offsets.bias.copy_(offsets.flatten())
+    nn.init.zeros_(part.attention_weights.weight)
+    nn.init.zeros_(part.attention_weights.bias)
+    for projection in (part.value_proj, part.output_proj):
+        nn.init.xavier_uniform_(projection.weight, generator=generator)
+        nn.init.zeros_(projection.bias)
+
+
+def _draw_swin(swin: Swin, generator: torch.Generator) -> None:
+    """The patch embedding keeps the width of torch's default; its bias is 0 as all others."""
+    patches = swin.patch_embedding.projection
+    bound = 1 / math.sqrt(patches.weight[0].numel())
+    nn.init.uniform_(patches.weight, -bound, bound, generator=generator)
+    if patches.bias is not None:
+        nn.init.zeros_(patches.bias)
+    for part in swin.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02, generator=generator)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        if isinstance(part, WindowAttention):
+            nn.init.trunc_normal_(part.relative_position_bias_table, std=0.02, generator=generator)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from models.detector import Detector
 from models.matching import Matching, MatchingCosts, match
-from models.resnet import stage_channels
 from models.settings import Settings
 from models.structures import DetectorOutput, Images, Memory, Targets
 
@@ -79,10 +78,10 @@ class PanopticDetector(nn.Module):
         self.settings = settings
         self.detector = detector.requires_grad_(False)
         dim, num_heads = detector.settings.hidden_dim, detector.settings.num_heads
-        backbone = detector.settings.backbone.name
-        finer = (stage_channels(backbone, 2), stage_channels(backbone, 1))
+        stages = detector.backbone.body.num_stages
+        stride4, stride8, stride16, *_ = detector.backbone.level_channels(stages)
         self.attention = MaskAttention(dim, num_heads, settings.softmax_over)
-        self.mask_head = MaskHead(dim, num_heads, (*finer, stage_channels(backbone, 0)))
+        self.mask_head = MaskHead(dim, num_heads, (stride16, stride8, stride4))
         _initialise(self.attention, self.mask_head, generator)
 
     def forward(self, images: Images, targets: Targets, costs: MatchingCosts) -> MatchedMasks:
@@ -99,8 +98,8 @@ class PanopticDetector(nn.Module):
         """The detections, without a graph, and what masks are made from."""
         with torch.no_grad():
             stages = self.detector.backbone.stages(images.pixels)
-            memory = self.detector.encode_features(stages[-1], images.padding)
-            group = self.detector.query_group(len(images.sizes))
+            memory = self.detector.encode_features(stages[-1:], images.padding)
+            group = self.detector.query_group(memory)
             detection = self.detector.decode(memory, (group,))
             # A second time: the encoder keeps its input to itself, and it is 1 % of the backbone.
             projected = self.detector.project(stages[-1])

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.detector import DetectorSettings
+from models.detector_settings import DetectorSettings
 from models.patch_queries import PatchDetector, QueryPatches
 from models.structures import LayerOutput, Memory
 

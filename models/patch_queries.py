@@ -14,7 +14,9 @@ from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.detector import Detector, DetectorSettings, Perceptron
+from models.detector import Detector
+from models.detector_settings import DetectorSettings
+from models.heads import Perceptron
 from models.initialise import initialise
 from models.settings import Settings
 from models.structures import DetectorOutput, Images, QueryGroup
@@ -122,6 +124,7 @@ class PatchDetector(nn.Module):
         self.num_queries = settings.num_queries
         self.queries_per_patch = queries_per_patch(settings.num_queries, patches.num_patches)
         self.detector = Detector(settings, generator)
+        self.detector.learned_queries()
         channels = self.detector.backbone.channels
         self.patch_projection = nn.Linear(channels, settings.hidden_dim)
         initialise(self.patch_projection, generator)
@@ -175,16 +178,17 @@ class PatchDetector(nn.Module):
         searched = self.patch_projection(features.to(self.patch_projection.weight.dtype))
         searched = searched.repeat_interleave(self.queries_per_patch, dim=1)
         num_queries = searched.shape[1]
-        vectors = self.detector.queries.weight[:num_queries]
+        order = torch.arange(num_queries, device=searched.device)
         if draws is not None:
             searched = searched * draws.keep.to(searched.device)[..., None]
-            vectors = self.detector.queries.weight[draws.order.to(searched.device)]
-        position = searched + vectors
+            order = draws.order.to(searched.device)
+        learned, batch = self.detector.learned_queries(), len(searched)
         restricted = self.patches.attention_mask and self.patches.num_patches > 1
         return QueryGroup(
             name="patches",
-            content=torch.zeros_like(position),
-            position=position,
+            content=learned.content[order].expand(batch, -1, -1),
+            position=searched + learned.position[order],
+            reference=_expanded(learned.reference, order, batch),
             intra_mask=self.hidden[:num_queries, :num_queries] if restricted else None,
         )
 
@@ -206,3 +210,8 @@ class PatchDetector(nn.Module):
             raise ValueError(
                 f"draws are for all {expected} patches, got {num_patches}; give draws=None"
             )
+
+
+def _expanded(reference: Tensor | None, order: Tensor, batch: int) -> Tensor | None:
+    """Learned reference points stay where they are, whatever a query searches for."""
+    return None if reference is None else reference[order].expand(batch, -1, -1)

@@ -17,18 +17,28 @@ _EPSILON = 1e-6
 
 
 def sine_positions(
-    padding: Bool[Tensor, "batch rows columns"], dim: int
+    padding: Bool[Tensor, "batch rows columns"], dim: int, *, at_centres: bool = False
 ) -> Float[Tensor, "batch rows columns {dim}"]:
     """Sines and cosines of the row (first half of dim) and of the column.
 
-    The unpadded picture spans 2 pi in either direction.
+    The unpadded picture spans 2 pi in either direction; a cell counts at its far edge (DETR), or at
+    its centre, half a cell earlier (Deformable DETR).
     """
     valid = ~padding
+    shift = 0.5 if at_centres else 0.0
     rows = valid.cumsum(1, dtype=torch.float32)
     columns = valid.cumsum(2, dtype=torch.float32)
-    rows = rows / (rows[:, -1:, :] + _EPSILON) * (2 * math.pi)
-    columns = columns / (columns[:, :, -1:] + _EPSILON) * (2 * math.pi)
-    return torch.cat((_waves(rows, dim // 2), _waves(columns, dim // 2)), dim=-1)
+    rows = (rows - shift) / (rows[:, -1:, :] + _EPSILON) * (2 * math.pi)
+    columns = (columns - shift) / (columns[:, :, -1:] + _EPSILON) * (2 * math.pi)
+    return torch.cat((waves(rows, dim // 2), waves(columns, dim // 2)), dim=-1)
+
+
+def waves(angle: Float[Tensor, "*any"], dim: int) -> Float[Tensor, "*any {dim}"]:
+    """Sine and cosine in turn, at frequencies falling from 1 to 1/10000 over `dim` channels."""
+    channel = torch.arange(dim, dtype=torch.float32, device=angle.device)
+    period = _TEMPERATURE ** (2 * torch.div(channel, 2, rounding_mode="floor") / dim)
+    phase = angle[..., None] / period
+    return torch.stack((phase[..., 0::2].sin(), phase[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
 class LearnedPositions(nn.Module):
@@ -52,11 +62,3 @@ class LearnedPositions(nn.Module):
         rows = self.rows.weight[:num_rows, None, :].expand(-1, num_columns, -1)
         columns = self.columns.weight[None, :num_columns, :].expand(num_rows, -1, -1)
         return torch.cat((columns, rows), dim=-1).expand(batch, -1, -1, -1)
-
-
-def _waves(angle: Tensor, dim: int) -> Tensor:
-    """Sine and cosine in turn, at frequencies falling from 1 to 1/10000 over `dim` channels."""
-    channel = torch.arange(dim, dtype=torch.float32, device=angle.device)
-    period = _TEMPERATURE ** (2 * torch.div(channel, 2, rounding_mode="floor") / dim)
-    phase = angle[..., None] / period
-    return torch.stack((phase[..., 0::2].sin(), phase[..., 1::2].cos()), dim=-1).flatten(-2)

@@ -155,6 +155,16 @@ class QueryGroup:
 
 
 @dataclass(frozen=True)
+class LearnedQueries:
+    """The object queries that do not come from the picture."""
+
+    position: Float[Tensor, "queries dim"]
+    content: Float[Tensor, "queries dim"]
+    reference: Float[Tensor, "queries 2"] | None
+    """Where each looks around, (x, y) in shares of the picture; None in a dense decoder."""
+
+
+@dataclass(frozen=True)
 class SampledAttention:
     """Where deformable attention looked: sampling locations, and how much each of them counts."""
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from data.loader import StreamSettings
 from data.order import OrderSettings
 from data.patches import PatchSettings
-from models.detector import DetectorSettings
+from models.detector_settings import DetectorSettings
 from models.interop.backbones import RANDOM_WEIGHTS
 from models.losses import LossWeights
 from models.matching import MatchingCosts

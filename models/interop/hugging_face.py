@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from models.detector import DetectorSettings
+from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.interop.class_names import distinct_names
 from models.interop.detr import detr_name, detr_settings
@@ -133,7 +133,9 @@ def hugging_face_config(settings: DetectorSettings, classes: Classes | None) -> 
         WeightsError: transformers cannot express it.
     """
     _refuse_inexpressible(settings)
-    bottleneck, depths = resnet_layout(settings.backbone.name)
+    name = settings.backbone.name
+    assert name != "swin_t"
+    bottleneck, depths = resnet_layout(name)
     stages = 4 if settings.backbone.output == "layer4" else 3
     count = settings.num_classes or 0
     names = [f"LABEL_{label}" for label in range(count)] if classes is None else classes.names
@@ -147,7 +149,7 @@ def hugging_face_config(settings: DetectorSettings, classes: Classes | None) -> 
             "depths": list(depths[:stages]),
             "downsample_in_bottleneck": settings.backbone.stride_in_1x1,
             "embedding_size": 64,
-            "hidden_sizes": [stage_channels(settings.backbone.name, n) for n in range(stages)],
+            "hidden_sizes": [stage_channels(name, stage) for stage in range(stages)],
             "layer_type": "bottleneck" if bottleneck else "basic",
             "out_features": [f"stage{stages}"],
         },
@@ -202,6 +204,7 @@ def _refuse_unlike(config: Mapping[str, object], heads: object, source: str) -> 
 
 def _refuse_inexpressible(settings: DetectorSettings) -> None:
     lacking = (
+        (settings.backbone.name == "swin_t", "a Swin backbone"),
         (settings.pre_norm, "pre_norm=true, as UP-DETR's weights have it"),
         (settings.backbone.dilation, "backbone.dilation=true without timm"),
         (settings.num_classes is None, "a class count of none"),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from models.detector import DetectorSettings
+from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.interop.detr import detr_name, detr_settings, to_detr_names
 from models.interop.placing import LoadReport, place_tensors

@@ -28,7 +28,8 @@ def deformable_attention(
     precise = torch.promote_types(value.dtype, torch.float32)
     batch, _, heads, channels = value.shape
     queries, points = locations.shape[1], locations.shape[4]
-    maps = value.to(precise).split([rows * columns for rows, columns in spatial_shapes], dim=1)
+    sizes = [rows * columns for rows, columns in spatial_shapes]
+    maps = torch.split(value.to(precise), sizes, dim=1)
     where = locations.to(precise).nan_to_num(nan=-_FAR).clamp(-_FAR, _FAR)
     grid = (2 * where - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)
     # batch * heads, levels, queries, points

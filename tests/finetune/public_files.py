@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.detector import DetectorSettings
+from models.detector_settings import DetectorSettings
 from models.interop.detr import to_detr_names
 from models.patch_queries import PatchDetector, QueryPatches
 from tests.finetune.small_detector import SETTINGS

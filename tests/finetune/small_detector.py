@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 
 from models.artefact import PictureInput, Provenance, artefact_metadata
 from models.backbone import BackboneSettings
-from models.detector import Detector, DetectorSettings
+from models.detector import Detector
+from models.detector_settings import DetectorSettings
 from models.structures import Classes
 
 CLASSES = Classes(("person", "car", "dog"), (1, 4, 17))

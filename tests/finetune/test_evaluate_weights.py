@@ -16,7 +16,8 @@ from finetune.evaluate_weights import evaluate_weights, judge_weights
 from finetune.evaluation import EvaluationSettings, evaluate_detector
 from finetune.evaluation_report import evaluation_json
 from models.artefact import ArtefactKind, Provenance, artefact_metadata
-from models.detector import Detector, DetectorSettings
+from models.detector import Detector
+from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.mask_head import MaskHeadSettings, PanopticDetector
 from models.one_shot import one_shot_detector, one_shot_settings

@@ -19,7 +19,7 @@ from finetune.one_shot_weights import initial_one_shot, resolve_one_shot_model
 from finetune.recipe import FinetuneRecipe
 from finetune.run import checked_recipe
 from models.boxes import cxcywh_to_xyxy, generalized_iou_pairs
-from models.detector import DetectorSettings
+from models.detector_settings import DetectorSettings
 from models.losses import LossWeights
 from models.matching import MatchingCosts
 from models.one_shot import MATCHES, one_shot_detector

@@ -37,7 +37,8 @@ from finetune.panoptic_weights import build_panoptic
 from finetune.recipe import FinetuneRecipe
 from finetune.task import TaskSets
 from models.artefact import PictureInput, Provenance, artefact_metadata
-from models.detector import Detector, DetectorSettings
+from models.detector import Detector
+from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.mask_head import MaskHeadSettings, PanopticDetector
 from models.mask_losses import MaskLossWeights

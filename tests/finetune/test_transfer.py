@@ -11,7 +11,8 @@ from torch import Tensor
 from finetune.transfer import initial_detector, resolve_model
 from models.artefact import PictureInput, Provenance, artefact_metadata
 from models.backbone import BackboneSettings
-from models.detector import Detector, DetectorSettings
+from models.detector import Detector
+from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.interop.detr import to_detr_names
 from models.structures import Classes

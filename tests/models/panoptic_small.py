@@ -3,7 +3,8 @@
 import torch
 
 from models.backbone import BackboneSettings
-from models.detector import Detector, DetectorSettings
+from models.detector import Detector
+from models.detector_settings import DetectorSettings
 from models.mask_head import MaskHeadSettings, PanopticDetector, SoftmaxOver
 from models.structures import Images, Targets, padding_of
 

@@ -14,7 +14,7 @@ from models.artefact import (
     parse_artefact_metadata,
     without_credentials,
 )
-from models.detector import DetectorSettings
+from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.structures import Classes
 from tests.models.test_detector import settings

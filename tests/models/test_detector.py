@@ -5,7 +5,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from models.detector import Detector, DetectorSettings
+from models.detector import Detector
+from models.detector_settings import DetectorSettings
 from models.structures import Images, padding_of
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from models.attention import Attention, attention_weights
 from models.initialise import initialise
 from models.structures import Memory, QueryGroup
-from models.transformer import Decoder, Encoder, TransformerShape
+from models.transformer import Cells, Decoder, Encoder, TransformerShape
 
 
 def shape(pre_norm: bool = False, dropout: float = 0.0) -> TransformerShape:
@@ -29,6 +29,12 @@ def memory(batch: int = 2, tokens: int = 5) -> Memory:
         padding=padding,
         spatial_shapes=((1, tokens),),
         valid_ratios=torch.ones(batch, 1, 2),
+    )
+
+
+def cells(of: Memory, tokens: Tensor) -> Cells:
+    return Cells(
+        tokens, of.position, of.padding, of.spatial_shapes, of.valid_ratios, references=None
     )
 
 
@@ -91,9 +97,9 @@ def test_padding_changes_no_token_of_the_picture(pre_norm: bool) -> None:
     encoder = Encoder(shape(pre_norm), 2)
     initialise(encoder, torch.Generator().manual_seed(0))
     of = memory()
-    before = encoder(of.tokens, of.position, of.padding)
+    before = encoder(cells(of, of.tokens)).tokens
     changed = torch.where(of.padding[..., None], 100.0, of.tokens)
-    after = encoder(changed, of.position, of.padding)
+    after = encoder(cells(of, changed)).tokens
     torch.testing.assert_close(before[~of.padding], after[~of.padding])
 
 
@@ -120,7 +126,7 @@ def test_masked_queries_do_not_feel_each_other() -> None:
 
 def test_recording_adds_attention_maps_and_changes_nothing_else() -> None:
     built, asked = decoder(), (group("queries", 4, masked=True),)
-    (plain,), (recorded,) = built(memory(), asked), built(memory(), asked, record=True)
+    (plain,), (recorded,) = built(memory(), asked), built(memory(), asked, record="all")
     for before, after in zip(plain, recorded, strict=True):
         assert before.cross_attention is None
         assert before.self_attention is None
