@@ -1,0 +1,134 @@
+// The forward pass: a task is one image, one head and a run of queries in their order.
+
+constexpr int64_t queries_a_task = 256;
+
+// Vectors [0, N) of the weighted sum of rows. Two sets of sums keep enough additions in flight.
+template <class A, class T, int N, bool InPlace>
+QUERYPATCH_INLINE void gather(const T* rows, const T* zeros, int64_t samples, const Samples<A>& s,
+                              typename A::Real* to) {
+  using V = typename A::Vector;
+  V even[N] = {}, odd[N] = {};
+  for (int64_t k = 0; k < samples; k++) {
+    for (int c = 0; c < 4; c++) {
+      const auto at = s.corner_at[c][k];
+      const T* row = InPlace && at < 0 ? zeros : rows + at;
+      const V weight = all<A>(s.corner_weight[c][k]);
+      V* sum = c % 2 ? odd : even;
+      for (int v = 0; v < N; v++) sum[v] += weight * load(row + v * A::width);
+    }
+  }
+  for (int v = 0; v < N; v++) store(to + v * A::width, even[v] + odd[v]);
+}
+
+template <class A, class T, bool InPlace>
+QUERYPATCH_INLINE void gather_channels(const T* rows, const T* zeros, int64_t channels,
+                                       int64_t samples, const Samples<A>& s,
+                                       typename A::Real* to) {
+  constexpr int width = A::width;
+  int64_t done = 0;
+  const auto left = [&] { return (channels - done) / width; };
+  for (; left() >= 8; done += 8 * width)
+    gather<A, T, 8, InPlace>(rows + done, zeros, samples, s, to + done);
+  for (; left() >= 4; done += 4 * width)
+    gather<A, T, 4, InPlace>(rows + done, zeros, samples, s, to + done);
+  for (; left() >= 2; done += 2 * width)
+    gather<A, T, 2, InPlace>(rows + done, zeros, samples, s, to + done);
+  for (; left() >= 1; done += width)
+    gather<A, T, 1, InPlace>(rows + done, zeros, samples, s, to + done);
+}
+
+// Output of queries [begin, end) of an image and head, whose rows begin at `rows`.
+template <class A, class T, bool InPlace>
+const char* forward_run(const Problem& p, const ForwardTensors& t, const Lattice<A>& lattice,
+                        const T* rows, int64_t row_elements, int64_t outside, int64_t image,
+                        int64_t head, int64_t begin, int64_t end) {
+  Samples<A> samples(lattice.lanes);
+  const int64_t channels = row_channels<A>(p);
+  Arrays<typename A::Real> sums(2, channels);
+  if (samples.missing() || sums.missing()) return no_memory();
+  set_zero<A>(sums[1], channels);
+  const T* zeros = reinterpret_cast<const T*>(sums[1]);
+  for (int64_t q = begin; q < end; q++) {
+    const int64_t row = (image * p.queries + q) * p.heads + head;
+    read_weights(p, lattice, t.weights, row, samples.weight);
+    locate(p, lattice, t.points, t.references, row, samples);
+    find_corners(lattice, row_elements, outside, samples);
+    gather_channels<A, T, InPlace>(rows, zeros, channels, lattice.samples, samples, sums[0]);
+    write(p.value_type, t.output, row * p.channels, p.channels, sums[0]);
+  }
+  return nullptr;
+}
+
+// Runs `part(image, head, begin, end)` over heads and runs of queries of one image.
+template <class Part>
+const char* over_queries(const Problem& p, const Part& part) {
+  const int64_t runs = (p.queries + queries_a_task - 1) / queries_a_task;
+  const char* failure = nullptr;
+  in_parallel(p.heads * runs, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; task++) {
+      const int64_t begin = task % runs * queries_a_task;
+      const int64_t end = begin + queries_a_task < p.queries ? begin + queries_a_task : p.queries;
+      const char* failed = part(task / runs, begin, end);
+      if (failed) __atomic_store_n(&failure, failed, __ATOMIC_RELAXED);
+    }
+  });
+  return failure;
+}
+
+template <class T>
+const char* forward_in_place(const Problem& p, const ForwardTensors& t) {
+  using A = typename Arithmetic<T>::type;
+  const int64_t stride = p.heads * p.channels;
+  const Lattice<A> lattice(p, 0, p.levels, stride);
+  if (lattice.missing()) return no_memory();
+  for (int64_t image = 0; image < p.batch; image++) {
+    const T* rows = static_cast<const T*>(t.value) + image * p.tokens * stride;
+    const char* failure = over_queries(p, [&](int64_t head, int64_t begin, int64_t end) {
+      return forward_run<A, T, true>(p, t, lattice, rows + head * p.channels, stride, -1, image,
+                                     head, begin, end);
+    });
+    if (failure) return failure;
+  }
+  return nullptr;
+}
+
+template <class A>
+const char* forward_by_slabs(const Problem& p, const ForwardTensors& t) {
+  using Real = typename A::Real;
+  const int64_t width = row_channels<A>(p), slab = (p.tokens + 1) * width;
+  if (slab >= most_elements) return too_large();
+  const Lattice<A> lattice(p, 0, p.levels, width);
+  const Arrays<Real> slabs(p.heads, slab);
+  if (lattice.missing() || slabs.missing()) return no_memory();
+  for (int64_t image = 0; image < p.batch; image++) {
+    in_parallel(p.heads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t head = first; head < last; head++)
+        copy_slab<A>(p, t.value, image, head, 0, p.tokens, slabs[head]);
+    });
+    const char* failure = over_queries(p, [&](int64_t head, int64_t begin, int64_t end) {
+      return forward_run<A, Real, false>(p, t, lattice, slabs[head], width, p.tokens * width, image,
+                                         head, begin, end);
+    });
+    if (failure) return failure;
+  }
+  return nullptr;
+}
+
+template <class T>
+const char* forward_of(const Problem& p, const ForwardTensors& t) {
+  using A = typename Arithmetic<T>::type;
+  return rows_in_place<A>(p) ? forward_in_place<T>(p, t) : forward_by_slabs<A>(p, t);
+}
+
+const char* forward(const Problem& p, const ForwardTensors& t) {
+  switch (p.value_type) {
+    case Number::float64:
+      return forward_of<double>(p, t);
+    case Number::bfloat16:
+      return forward_of<BFloat16>(p, t);
+    case Number::float16:
+      return forward_of<Half>(p, t);
+    default:
+      return forward_of<float>(p, t);
+  }
+}

@@ -1,0 +1,63 @@
+// Rows of channels: where they lie, and copies of one head's rows side by side ("slabs").
+//
+// In (tokens, heads, channels) the rows of one head are a power of two apart, so that they share an
+// eighth of the cache; side by side the gather is twice as fast, and the copy pays for itself as
+// soon as a token is sampled more than about once. A slab ends with a row of zeros, where corners
+// outside a level point.
+
+constexpr int64_t most_elements = int64_t{1} << 29;  // of a slab: offsets are 32 bits wide
+
+// Channels of a slab's row: full vectors.
+template <class A>
+QUERYPATCH_INLINE int64_t row_channels(const Problem& p) {
+  return padded(p.channels, A::width);
+}
+
+// Whether rows are read where they lie: there are few samples, and whole vectors in a row.
+template <class A>
+QUERYPATCH_INLINE bool rows_in_place(const Problem& p) {
+  const int64_t stride = p.heads * p.channels;
+  return p.channels % A::width == 0 && p.tokens * stride < most_elements &&
+         p.queries * p.levels * p.points < p.tokens;
+}
+
+inline const char* too_large() {
+  return "value is too large: one head has more than 2^29 numbers (tokens x channels)";
+}
+inline const char* no_memory() { return "out of memory"; }
+
+template <class A>
+QUERYPATCH_INLINE void set_zero(typename A::Real* to, int64_t count) {
+  __builtin_memset(to, 0, static_cast<size_t>(count) * sizeof(*to));
+}
+
+// `tokens` rows of one image and head from `first_token` on, and the row of zeros.
+template <class A>
+void copy_slab(const Problem& p, const void* value, int64_t image, int64_t head,
+               int64_t first_token, int64_t tokens, typename A::Real* slab) {
+  const int64_t width = row_channels<A>(p), stride = p.heads * p.channels;
+  const int64_t first = (image * p.tokens + first_token) * stride + head * p.channels;
+  for (int64_t t = 0; t < tokens; t++)
+    read(p.value_type, value, first + t * stride, p.channels, slab + t * width);
+  set_zero<A>(slab + tokens * width, width);
+}
+
+template <class A>
+void write_slab(const Problem& p, void* value, int64_t image, int64_t head, int64_t first_token,
+                int64_t tokens, const typename A::Real* slab) {
+  const int64_t width = row_channels<A>(p), stride = p.heads * p.channels;
+  const int64_t first = (image * p.tokens + first_token) * stride + head * p.channels;
+  for (int64_t t = 0; t < tokens; t++)
+    write(p.value_type, value, first + t * stride, p.channels, slab + t * width);
+}
+
+// body(begin, end) on torch's threads.
+template <class Body>
+void in_parallel(int64_t count, int64_t grain, const Body& body) {
+  run_parallel(
+      count, grain,
+      [](int64_t begin, int64_t end, void* context) {
+        (*static_cast<const Body*>(context))(begin, end);
+      },
+      const_cast<Body*>(&body));
+}
