@@ -22,7 +22,8 @@ from finetune.onnx_export import write_onnx
 from models.artefact import METADATA_KEY, Artefact, artefact_metadata
 from models.detector import Detector
 from models.interop.checkpoint_files import WeightsError
-from models.interop.detr import detr_name
+from models.interop.deformable import to_deformable_names
+from models.interop.detr import detr_name, refuse_nameless
 from models.interop.hugging_face import (
     hugging_face_config,
     hugging_face_processor,
@@ -72,8 +73,9 @@ def export(
     """Writes the weights that `open_weights(source)` opens to a path or any fsspec URL.
 
     querypatch: a folder with model.safetensors, config.json and a model card. detr: a `.pth` with
-    the tensor names of DETR, UP-DETR or, for panoptic weights, DETRsegm. hf: a folder that
-    `DetrForObjectDetection.from_pretrained` loads. onnx: an `.onnx` that was compared with torch on
+    the tensor names of the detector's public code: DETR, UP-DETR, DETRsegm for panoptic weights,
+    Deformable DETR or Sparse DETR. hf: a folder that `DetrForObjectDetection.from_pretrained`
+    loads. onnx: an `.onnx` that was compared with torch on
     drawn pictures and on `pictures`, paths or URLs.
 
     Raises:
@@ -183,6 +185,10 @@ def _our_tensors(artefact: Artefact, detector: Detector) -> dict[str, Tensor]:
 
 def _public_tensors(artefact: Artefact, detector: Detector) -> dict[str, Tensor]:
     """As the public code names and shapes them, float32, on the CPU."""
+    settings = artefact.detector
+    if "deformable" in (settings.encoder_attention, settings.decoder_attention):
+        return to_deformable_names(_our_tensors(artefact, detector), settings)
+    refuse_nameless(settings)
     name_of: Callable[[str], str] = panoptic_name if artefact.kind == "panoptic" else detr_name
     public = {
         name_of(name): tensor.detach().float().cpu().clone()

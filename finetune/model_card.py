@@ -53,11 +53,27 @@ def architecture(settings: DetectorSettings) -> str:
     backbone = settings.backbone
     dilated = " DC5" if backbone.dilation else ""
     return (
-        f"DETR on {backbone.name}{dilated} ({backbone.output}): "
+        f"{_family(settings)} on {backbone.name}{dilated} ({backbone.output}): "
         f"{settings.encoder_layers} + {settings.decoder_layers} layers of {settings.hidden_dim} "
         f"channels, {settings.num_heads} heads, {'pre' if settings.pre_norm else 'post'}-norm, "
         f"{settings.num_queries} queries, {settings.num_classes} classes"
     )
+
+
+def _family(settings: DetectorSettings) -> str:
+    """The paper's name of the detector and what sets it apart from the plain one."""
+    sampled = "deformable" in (settings.encoder_attention, settings.decoder_attention)
+    if not sampled and settings.rho is None:
+        return "DETR"
+    said = [f"{settings.feature_levels} level{'s' if settings.feature_levels > 1 else ''}"]
+    if settings.rho is not None:
+        said.append(f"rho {settings.rho}")
+    if settings.two_stage:
+        said.append("two-stage")
+    elif settings.box_refinement:
+        said.append("box refinement")
+    name = "Deformable DETR" if settings.rho is None else "Sparse DETR"
+    return f"{name} ({', '.join(said)})"
 
 
 def _title(artefact: Artefact) -> str:

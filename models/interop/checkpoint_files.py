@@ -6,7 +6,7 @@ import json
 import pickle
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import fsspec
 import safetensors
@@ -44,6 +44,10 @@ class CheckpointFile:
     """By name, on the CPU, without the `module.` of a parallel wrapper."""
     metadata: dict[str, str]
     """Of a safetensors header, and of a `torch.save` file the texts beside its state dict."""
+    arguments: dict[str, object] = field(default_factory=dict)
+    """The plain values of the command line (`args`) that public training code keeps in its files:
+    numbers, texts, switches.
+    """
 
 
 def read_tensors(source: str) -> dict[str, Tensor]:
@@ -66,7 +70,8 @@ def read_checkpoint(source: str) -> CheckpointFile:
         tensors = _without_prefix(_read_safetensors(content, source))
         return CheckpointFile(tensors, _safetensors_metadata(content))
     loaded = _read_pickle(content, source)
-    return CheckpointFile(_without_prefix(_state_dict(loaded, source)), _texts(loaded))
+    tensors = _without_prefix(_state_dict(loaded, source))
+    return CheckpointFile(tensors, _texts(loaded), _arguments(loaded))
 
 
 def _has_safetensors_header(content: bytes) -> bool:
@@ -94,6 +99,18 @@ def _texts(loaded: object) -> dict[str, str]:
     if not isinstance(loaded, Mapping):
         return {}
     return {str(key): value for key, value in loaded.items() if isinstance(value, str)}
+
+
+def _arguments(loaded: object) -> dict[str, object]:
+    args = loaded.get("args") if isinstance(loaded, Mapping) else None
+    said = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(said, Mapping):
+        return {}
+    return {
+        str(key): value
+        for key, value in said.items()
+        if value is None or isinstance(value, (bool, int, float, str))
+    }
 
 
 def _read_pickle(content: bytes, source: str) -> object:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from models.backbone import BackboneSettings
-from models.detector import Detector, DetectorSettings
+from models.detector import Detector
+from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.interop.placing import LoadReport, place_tensors
 from models.patch_queries import PatchDetector
@@ -43,6 +44,18 @@ PRETRAINING_ONLY = ("patch2query.*", "feature_align.*")
 """What a detector without patches has no use for."""
 
 _LINEAR_IN_NAME = "input_proj.weight"
+
+
+def refuse_nameless(settings: DetectorSettings) -> None:
+    """WeightsError for a dense detector that DETR's code cannot hold."""
+    lacking = (
+        (settings.rho is not None, f"rho={settings.rho} with dense attention"),
+        (settings.class_scores == "sigmoid", "class_scores=sigmoid with dense attention"),
+        (settings.backbone.name == "swin_t", "backbone.name=swin_t with dense attention"),
+    )
+    for is_so, what in lacking:
+        if is_so:
+            raise WeightsError(f"{what} is no public architecture; export with format querypatch")
 
 
 def detr_name(ours: str) -> str:
@@ -122,11 +135,11 @@ def detr_settings(
             "give one of DETR or UP-DETR"
         )
     num_queries, hidden_dim = tensors["query_embed.weight"].shape
-    if not _count(tensors, "transformer.decoder.layers.{}.norm1.weight"):
+    if not count_layers(tensors, "transformer.decoder.layers.{}.norm1.weight"):
         raise WeightsError(f"{source} has no decoder layer; it is cut, or not of DETR")
     return DetectorSettings(
         backbone=BackboneSettings(
-            name=_resnet_name(tensors, source),
+            name=resnet_name(tensors, source),
             dilation=dilation,
             output="layer4" if "backbone.0.body.layer4.0.conv1.weight" in tensors else "layer3",
             weights=source,
@@ -134,8 +147,8 @@ def detr_settings(
         ),
         hidden_dim=hidden_dim,
         num_heads=num_heads,
-        encoder_layers=_count(tensors, "transformer.encoder.layers.{}.norm1.weight"),
-        decoder_layers=_count(tensors, "transformer.decoder.layers.{}.norm1.weight"),
+        encoder_layers=count_layers(tensors, "transformer.encoder.layers.{}.norm1.weight"),
+        decoder_layers=count_layers(tensors, "transformer.decoder.layers.{}.norm1.weight"),
         feedforward_dim=len(tensors["transformer.decoder.layers.0.linear1.weight"]),
         pre_norm="transformer.encoder.norm.weight" in tensors,
         position="learned" if "backbone.1.row_embed.weight" in tensors else "sine",
@@ -144,11 +157,14 @@ def detr_settings(
     )
 
 
-def _resnet_name(tensors: Mapping[str, Tensor], source: str) -> ResNetName:
-    """Told by the number of blocks of two stages and by whether blocks have a third convolution."""
+def resnet_name(tensors: Mapping[str, Tensor], source: str) -> ResNetName:
+    """Which ResNet a public detector's tensors hold; WeightsError where it is none.
+
+    Told by the number of blocks of two stages and by whether blocks have a third convolution.
+    """
     blocks = (
-        _count(tensors, "backbone.0.body.layer1.{}.conv1.weight"),
-        _count(tensors, "backbone.0.body.layer3.{}.conv1.weight"),
+        count_layers(tensors, "backbone.0.body.layer1.{}.conv1.weight"),
+        count_layers(tensors, "backbone.0.body.layer3.{}.conv1.weight"),
     )
     bottleneck = "backbone.0.body.layer1.0.conv3.weight" in tensors
     match bottleneck, blocks:
@@ -167,8 +183,8 @@ def _resnet_name(tensors: Mapping[str, Tensor], source: str) -> ResNetName:
             )
 
 
-def _count(tensors: Mapping[str, Tensor], name: str) -> int:
-    """How many layers there are, counting up from 0 until one is missing."""
+def count_layers(tensors: Mapping[str, Tensor], name: str) -> int:
+    """How many layers there are, counting up from 0 until one is missing; `name` has a {}."""
     count = 0
     while name.format(count) in tensors:
         count += 1

@@ -205,6 +205,12 @@ def _refuse_unlike(config: Mapping[str, object], heads: object, source: str) -> 
 def _refuse_inexpressible(settings: DetectorSettings) -> None:
     lacking = (
         (settings.backbone.name == "swin_t", "a Swin backbone"),
+        (
+            "deformable" in (settings.encoder_attention, settings.decoder_attention),
+            "deformable attention",
+        ),
+        (settings.rho is not None, "rho, a sparse encoder"),
+        (settings.class_scores == "sigmoid", "class_scores=sigmoid"),
         (settings.pre_norm, "pre_norm=true, as UP-DETR's weights have it"),
         (settings.backbone.dilation, "backbone.dilation=true without timm"),
         (settings.num_classes is None, "a class count of none"),

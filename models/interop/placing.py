@@ -18,12 +18,18 @@ FATES = ("loaded", "reshaped", "new", "left out")
 
 PARTS = {
     "backbone": ("backbone.",),
-    "projection": ("input_projection.", "learned_positions."),
+    "projection": (
+        *("input_projection.", "input_projections."),
+        *("learned_positions.", "level_embedding"),
+    ),
     "encoder": ("encoder.",),
     "decoder": ("decoder.",),
-    "queries": ("queries.",),
+    "queries": ("queries.", "reference_points."),
     "class head": ("class_head.", "class_embed."),
     "box head": ("box_head.",),
+    "proposals": ("proposal_",),
+    "selection": ("scorer.", "objectness_"),
+    "encoder heads": ("encoder_class_head.", "encoder_box_head."),
     "patch parts": ("patch_projection.", "reconstruction.", "patch2query.", "feature_align."),
     "mask head": ("mask_head.", "attention."),
     "others": ("",),

@@ -1,8 +1,8 @@
 """What a file of weights is, whoever wrote it: told by its header, or by the names of its tensors.
 
-Public files do not say their number of heads, dilation or classes. Heads are 8 in all that were
-published; a class head of 91 classes is taken to be COCO's, one of 250 COCO panoptic's, as DETR's
-and UP-DETR's are.
+The tensors of public files do not say their number of heads, dilation or classes. Heads are 8 in
+all that were published; a class head of 91 classes is taken to be COCO's, one of 250 COCO
+panoptic's, as those of DETR, UP-DETR, Deformable and Sparse DETR are.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,11 @@ from models.artefact import (
     parse_artefact_metadata,
     without_credentials,
 )
-from models.detector import DetectorSettings
+from models.backbone import has_bottlenecks
+from models.detector_settings import DetectorSettings
 from models.interop.class_names import coco_91
+from models.interop.deformable import from_deformable, is_deformable, repeated_note
+from models.interop.deformable_settings import deformable_settings
 from models.interop.detr import detr_name, detr_settings, our_name
 from models.interop.hugging_face import (
     from_hugging_face,
@@ -31,7 +34,6 @@ from models.interop.hugging_face import (
 from models.interop.panoptic import NAMES as PANOPTIC_NAMES
 from models.interop.panoptic import is_panoptic, panoptic_settings
 from models.interop.panoptic_classes import coco_panoptic_250
-from models.resnet import resnet_layout
 from models.structures import Classes
 
 Form = Literal["querypatch", "detr", "hf"]
@@ -44,17 +46,21 @@ def recognise(
     metadata: Mapping[str, str],
     source: str,
     *,
+    arguments: Mapping[str, object] | None = None,
     config: Mapping[str, object] | None = None,
     detector: DetectorSettings | None = None,
 ) -> Artefact:
     """The artefact that a file's tensors, as `read_checkpoint` gives them, are of.
 
-    `config` is the config.json beside a file of transformers, `detector` the architecture where
-    something else tells it, e.g. the recipe of the file's run.
+    `arguments` is the command line that a public file keeps, `config` the config.json beside a file
+    of transformers, `detector` the architecture where something else tells it, e.g. the recipe of
+    the file's run.
 
     Raises:
-        WeightsError: they are of no DETR.
+        WeightsError: they are of no DETR, or contradict each other.
     """
+    if is_deformable(tensors):
+        return _deformable(tensors, metadata, source, arguments)
     form = _form(tensors)
     ours = _our_tensors(tensors, form)
     told = parse_artefact_metadata(metadata, ours, source)
@@ -83,9 +89,13 @@ def _our_tensors(tensors: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]
         return from_hugging_face(tensors)
     if is_panoptic(tensors):
         return {_our_panoptic_name(theirs): tensor for theirs, tensor in tensors.items()}
-    named = {our_name(theirs): tensor for theirs, tensor in tensors.items()}
+    return _inside_patch_detector({our_name(theirs): tensor for theirs, tensor in tensors.items()})
+
+
+def _inside_patch_detector(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With `detector.` before the detector's tensors where patch parts are beside it."""
     if "patch_projection.weight" not in named:
-        return named
+        return dict(named)
     beside = ("patch_projection.", "reconstruction.")
     return {
         name if name.startswith(beside) else f"detector.{name}": tensor
@@ -124,6 +134,28 @@ def _panoptic(tensors: Mapping[str, Tensor], ours: Mapping[str, Tensor], source:
     classes = _published_classes(settings.num_classes)
     found = _foreign("panoptic", ours, settings, classes, source, form="detr", guessed=guessed)
     return replace(found, masks=masks)
+
+
+def _deformable(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    source: str,
+    arguments: Mapping[str, object] | None,
+) -> Artefact:
+    """Files of Deformable and Sparse DETR, by their authors' code or exported by us."""
+    named, repeated = from_deformable(tensors, source=source)
+    ours = _inside_patch_detector(named)
+    notes = repeated_note(repeated)
+    told = parse_artefact_metadata(metadata, ours, source)
+    if told is not None:
+        return replace(told, form="detr", notes=notes)
+    settings, guessed = deformable_settings(tensors, source=source, arguments=arguments)
+    kind: ArtefactKind = "patch_detector" if "patch_projection.weight" in ours else "detector"
+    classes = _published_classes(settings.num_classes) if kind == "detector" else None
+    if classes:
+        guessed = (*guessed, "classes")
+    found = _foreign(kind, ours, settings, classes, source, form="detr", guessed=guessed)
+    return replace(found, notes=notes)
 
 
 def _nameless(
@@ -182,5 +214,4 @@ def _foreign(
 
 
 def _guessed(settings: DetectorSettings) -> tuple[str, ...]:
-    bottleneck, _ = resnet_layout(settings.backbone.name)
-    return _UNSEEN if bottleneck else _UNSEEN[:1]
+    return _UNSEEN if has_bottlenecks(settings.backbone.name) else _UNSEEN[:1]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from models.losses import LossWeights, Reconstruction, set_losses
-from models.matching import MatchingCosts, match
+from models.matching import ClassScores, MatchingCosts, match
 from models.postprocess import detections
-from models.structures import GroupOutput, LayerOutput, Losses, Targets
+from models.structures import GroupOutput, LayerOutput, Losses, Targets, TokenPredictions
 from tests.parity import formula
 from tests.parity.case import (
     LOSS_FLOOR,
@@ -42,7 +42,7 @@ def run_criterion(case: Case) -> Iterator[Finding]:
     layers = tuple(LayerOutput(boxes[n], logits[n], boxes[n]) for n in range(last + 1))
     targets = targets_of(case.inputs["targets"])
     losses = criterion_losses(case, GroupOutput("queries", layers), targets)
-    yield from compare_matching(case, layers, targets)
+    yield from compare_matching(case, decoder_outputs(layers), targets)
     yield from compare_losses(case, losses)
     torch.autograd.backward(losses.total)
     yield from _gradients(case, "pred_logits", logits)
@@ -99,20 +99,29 @@ def targets_of(descriptions: list[dict[str, Any]]) -> Targets:
     return Targets(tuple(boxes), tuple(labels))
 
 
+def decoder_outputs(
+    layers: tuple[LayerOutput, ...],
+) -> dict[str, LayerOutput | TokenPredictions]:
+    """The decoder layers by the names that a case gives them."""
+    last = len(layers) - 1
+    return {"last" if n == last else f"aux_{n}": layer for n, layer in enumerate(layers)}
+
+
 def compare_matching(
-    case: Case, layers: tuple[LayerOutput, ...], targets: Targets
+    case: Case,
+    outputs: Mapping[str, LayerOutput | TokenPredictions],
+    targets: Targets,
+    class_scores: ClassScores = "softmax",
 ) -> Iterator[Finding]:
     """The number of pairs, as (query, target), that only one side has."""
-    logits = torch.stack([layer.logits.detach() for layer in layers])
-    boxes = torch.stack([layer.boxes.detach() for layer in layers])
-    found = match(logits, boxes, targets, costs_of(case.config))
-    for layer in range(len(layers)):
-        output = "last" if layer == len(layers) - 1 else f"aux_{layer}"
+    for output, said in outputs.items():
+        logits, boxes = said.logits.detach()[None], said.boxes.detach()[None]
+        found = match(logits, boxes, targets, costs_of(case.config), class_scores)
         for picture in range(logits.shape[1]):
             name = f"match_{output}_image{picture}"
             if name not in case.arrays:
                 continue
-            here = (found.layer == layer) & (found.picture == picture)
+            here = found.picture == picture
             pairs = set(zip(found.query[here].tolist(), found.target[here].tolist(), strict=True))
             expected = set(zip(*case.arrays[name].tolist(), strict=True))
             yield Finding("matching", float(len(pairs ^ expected)), 0, name)

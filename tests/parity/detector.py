@@ -1,14 +1,14 @@
 """Parity of DETR and UP-DETR, pretraining and finetuned: forward, matching, losses, gradients."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.detector import Detector, DetectorSettings
+from models.detector import Detector
+from models.detector_settings import DetectorSettings
 from models.interop.detr import detr_name, detr_settings, load_detr
 from models.losses import LossWeights, Reconstruction, set_losses
 from models.patch_queries import PatchDetector, PatchDraws, QueryPatches
@@ -23,21 +23,16 @@ from models.structures import (
     padding_of,
 )
 from tests.parity import formula
-from tests.parity.case import (
-    GRADIENT_TOLERANCE,
-    Case,
-    Finding,
-    NotSupportedError,
-    compare,
-    compare_values,
-)
+from tests.parity.case import Case, Finding, NotSupportedError, compare
 from tests.parity.criterion import (
     compare_losses,
     compare_matching,
     costs_of,
     criterion_losses,
+    decoder_outputs,
     targets_of,
 )
+from tests.parity.gradients import compare_gradients, trained_finding
 
 _CORNER = (slice(0, 6), slice(0, 3), slice(0, 3))
 
@@ -101,7 +96,7 @@ def run_patch_detector(case: Case) -> Iterator[Finding]:
 def _findings(
     case: Case, model: nn.Module, detector: Detector, images: Images, run: Run
 ) -> Iterator[Finding]:
-    yield trained_finding(case, model)
+    yield trained_finding(case, model, detr_name)
     yield from intermediates(case, detector, images, run)
     (group,) = run.output.groups
     if not case.config["aux_loss"]:
@@ -113,10 +108,12 @@ def _findings(
     if "targets" in case.inputs:
         targets = targets_of(case.inputs["targets"])
         losses = criterion_losses(case, group, targets, run.reconstruction)
-        yield from compare_matching(case, group.layers, targets)
+        yield from compare_matching(case, decoder_outputs(group.layers), targets)
         yield from compare_losses(case, losses)
         if model.training:
-            yield from _gradients(case, model, group, targets, losses)
+            box_losses = _box_losses(case, group, targets)
+            totals = {"grad_norms_boxes": box_losses.total, "grad_norms": losses.total}
+            yield from compare_gradients(case, model, totals, detr_name)
 
 
 def intermediates(case: Case, detector: Detector, images: Images, run: Run) -> Iterator[Finding]:
@@ -163,30 +160,6 @@ def _patch_findings(case: Case, run: Run, features: Tensor) -> Iterator[Finding]
         yield from compare("outputs", f"aux_{number}_pred_feature_norm", layer.norm(dim=-1), case)
 
 
-def _gradients(
-    case: Case, model: nn.Module, group: GroupOutput, targets: Targets, losses: Losses
-) -> Iterator[Finding]:
-    """Norms per tensor, of the whole loss and of its box terms alone."""
-    names = case.arrays["grad_names"].tolist()
-    box_losses = _box_losses(case, group, targets)
-    for array, loss in (("grad_norms_boxes", box_losses), ("grad_norms", losses)):
-        if array not in case.arrays:
-            continue
-        model.zero_grad()
-        torch.autograd.backward(loss.total, retain_graph=array == "grad_norms_boxes")
-        norms = {
-            detr_name(name): 0.0 if tensor.grad is None else float(tensor.grad.norm())
-            for name, tensor in model.named_parameters()
-            if tensor.requires_grad
-        }
-        for name, expected in zip(names, case.arrays[array], strict=True):
-            got = np.asarray(norms.get(name, np.nan))
-            where = f"{array} of {name}"
-            yield compare_values("gradients", where, got, expected, GRADIENT_TOLERANCE, 1e-4)
-        for name in case.zero_gradients:
-            yield Finding("zero gradients", norms[name], GRADIENT_TOLERANCE, f"{array} of {name}")
-
-
 def _box_losses(case: Case, group: GroupOutput, targets: Targets) -> Losses:
     """The criterion with the box terms alone; the matching is that of all costs."""
     boxes_only = LossWeights(
@@ -195,23 +168,6 @@ def _box_losses(case: Case, group: GroupOutput, targets: Targets) -> Losses:
         giou=float(case.config["giou_loss_coef"]),
     )
     return set_losses(group, targets, boxes_only, costs_of(case.config))
-
-
-def trained_finding(
-    case: Case, model: nn.Module, name_of: Callable[[str], str] = detr_name
-) -> Finding:
-    """Tensors that are trained by one side only."""
-    assert case.manifest is not None
-    wanted = {
-        name
-        for name, entry in json.loads(case.manifest.read_text()).items()
-        if entry.get("requires_grad")
-    }
-    ours = {name_of(name) for name, tensor in model.named_parameters() if tensor.requires_grad}
-    odd = sorted(wanted ^ ours)
-    return Finding(
-        "trained tensors", float(len(odd)), 0, ", ".join(odd[:3]) or "all as they should be"
-    )
 
 
 def tensors_of(case: Case) -> dict[str, Tensor]:
@@ -250,11 +206,20 @@ def confirmed(case: Case, settings: DetectorSettings) -> DetectorSettings:
         "num_queries": settings.num_queries,
         "num_classes": settings.num_classes,
     }
-    wrong = {key: value for key, value in told.items() if config[key] != value}
-    if wrong:
-        raise ValueError(f"inferred {wrong} from the tensors, against the case's config")
+    confirm(case, told)
     backbone = settings.backbone.model_copy(update={"frozen_precision": "float32"})
     return settings.model_copy(update={"dropout": 0.0, "backbone": backbone})
+
+
+def confirm(case: Case, told: Mapping[str, object]) -> None:
+    """ValueError where the config of a case has another value for one of the keys."""
+    wrong = {
+        key: value
+        for key, value in told.items()
+        if key in case.config and case.config[key] != value
+    }
+    if wrong:
+        raise ValueError(f"inferred {wrong} from the tensors, against the case's config")
 
 
 def images_of(case: Case) -> Images:

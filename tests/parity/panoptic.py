@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,19 +11,13 @@ from models.mask_head import MaskHeadSettings, MaskSource, MatchedMasks, Panopti
 from models.mask_losses import MaskLossWeights, mask_losses
 from models.structures import GroupOutput, Images, Losses
 from tests.parity import formula
-from tests.parity.case import (
-    GRADIENT_TOLERANCE,
-    Case,
-    Finding,
-    NotSupportedError,
-    compare,
-    compare_values,
-)
+from tests.parity.case import Case, Finding, NotSupportedError, compare
 from tests.parity.criterion import (
     compare_losses,
     compare_matching,
     costs_of,
     criterion_losses,
+    decoder_outputs,
     targets_of,
 )
 from tests.parity.detector import (
@@ -34,8 +27,8 @@ from tests.parity.detector import (
     images_of,
     intermediates,
     tensors_of,
-    trained_finding,
 )
+from tests.parity.gradients import compare_gradients, trained_finding
 
 _SHOWN = 4
 """Queries whose masks and attention are stored in full."""
@@ -96,7 +89,7 @@ def _training(
 ) -> Iterator[Finding]:
     """Matching, losses and, of a case in training, gradients."""
     targets = targets_of(case.inputs["targets"])
-    yield from compare_matching(case, group.layers, targets)
+    yield from compare_matching(case, decoder_outputs(group.layers), targets)
     found: MatchedMasks = model(images, targets, costs_of(case.config))
     weights = MaskLossWeights(
         focal=float(case.config["mask_loss_coef"]), dice=float(case.config["dice_loss_coef"])
@@ -108,7 +101,7 @@ def _training(
     losses = Losses(of_boxes.total + of_masks.total, terms)
     yield from compare_losses(case, losses)
     if model.training:
-        yield from _gradients(case, model, losses)
+        yield from compare_gradients(case, model, {"grad_norms": losses.total}, panoptic_name)
 
 
 def _wanted(case: Case, found: MatchedMasks, images: Images) -> Tensor:
@@ -123,19 +116,3 @@ def _wanted(case: Case, found: MatchedMasks, images: Images) -> Tensor:
         made = formula.picture(described["names"][target], height, width)[0] > 0
         mask[:height, :width] = torch.from_numpy(made)
     return wanted
-
-
-def _gradients(case: Case, model: PanopticDetector, losses: Losses) -> Iterator[Finding]:
-    torch.autograd.backward(losses.total)
-    norms = {
-        panoptic_name(name): float(tensor.grad.norm())
-        for name, tensor in model.named_parameters()
-        if tensor.grad is not None
-    }
-    names = case.arrays["grad_names"].tolist()
-    for name, expected in zip(names, case.arrays["grad_norms"], strict=True):
-        got = np.asarray(norms.get(name, np.nan))
-        where = f"grad_norms of {name}"
-        yield compare_values("gradients", where, got, expected, GRADIENT_TOLERANCE, 1e-4)
-    for name in case.zero_gradients:
-        yield Finding("zero gradients", norms[name], GRADIENT_TOLERANCE, f"grad_norms of {name}")

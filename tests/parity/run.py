@@ -13,6 +13,7 @@ from tests.parity.case import (
     worst_by_group,
 )
 from tests.parity.criterion import run_criterion, run_postprocess
+from tests.parity.deformable import run_deformable
 from tests.parity.detector import run_detector, run_patch_detector
 from tests.parity.panoptic import run_panoptic
 
@@ -34,6 +35,8 @@ def _runner(case: Case) -> Iterator[Finding]:
     kind = case.model
     if kind.startswith(("detr_", "updetr_finetune_")):
         return run_detector(case)
+    if kind.startswith(("deformable_detr_", "sparse_detr_")):
+        return run_deformable(case)
     if kind.startswith("updetr_pretrain_"):
         return run_patch_detector(case)
     if kind.startswith("panoptic_"):
