@@ -1,4 +1,4 @@
-"""The CNN under a detector: which ResNet, what of it is trained, and how it is run.
+"""The backbone under a detector: which network, what of it is trained, and how it is run.
 
 A frozen backbone is inference: no graph, folded once, bfloat16 where the device is good at it. It
 is most of a UP-DETR step (75 % of the FLOPs of the public code, measured: ResNet-50, 480x600, 10
@@ -11,7 +11,7 @@ from typing import Literal, Self, assert_never
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models.resnet import (
@@ -24,35 +24,46 @@ from models.resnet import (
     stage_channels,
 )
 from models.settings import Settings
+from models.swin import CHANNELS as SWIN_CHANNELS
+from models.swin import FoldedSwin, Swin, SwinName, run_swin
 
+BackboneName = Literal[ResNetName, SwinName]
+FoldedBackbone = FoldedResNet | FoldedSwin
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class BackboneSettings(Settings):
-    """A ResNet with frozen BatchNorm."""
+    """A ResNet with frozen BatchNorm, or a Swin-T."""
 
-    name: ResNetName = "resnet50"
-    """Depth of the ResNet."""
+    name: BackboneName = "resnet50"
+    """A ResNet of some depth, or swin_t."""
     dilation: bool = False
     """Keep layer4 at stride 16 by dilation ("DC5"); bottleneck ResNets only."""
     stride_in_1x1: bool = False
     """Put a bottleneck's stride on its first 1x1 convolution (original ResNet), not on the 3x3."""
     output: Literal["layer3", "layer4"] = "layer4"
-    """The stage whose features the detector sees: layer4 (stride 32) or layer3 (stride 16)."""
+    """The last stage that the detector sees: layer4 (stride 32) or layer3 (stride 16); swin_t's
+    last and the one before it go by the same words.
+    """
     weights: str | None = None
     """Where the weights come from: a path or any fsspec URL of a checkpoint, or "random"; null
     where a checkpoint of the whole detector brings them (`init`).
     """
     train: bool = False
-    """Train from layer2 on, as DETR does; conv1, layer1 and every BatchNorm stay frozen."""
+    """Train from layer2 on, as DETR does; conv1, layer1 and every BatchNorm stay frozen. In a
+    swin_t the patch embedding and the first stage do, with the merging of patches that ends it.
+    """
+    drop_path: float = Field(default=0.2, ge=0, lt=1)
+    """Of a trained swin_t: how often its last block is skipped for a picture (stochastic depth);
+    the others less often, down to never for the first.
+    """
     frozen_precision: Precision = "auto"
     """Precision of a frozen backbone; auto is bfloat16 where the device computes it natively."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        bottleneck, _ = resnet_layout(self.name)
         for key, wanted in (("dilation", self.dilation), ("stride_in_1x1", self.stride_in_1x1)):
-            if wanted and not bottleneck:
+            if wanted and not has_bottlenecks(self.name):
                 raise ValueError(
                     f"{key}=true needs bottleneck blocks, which name={self.name} does not have; "
                     f"use name=resnet50 or resnet101, or {key}=false"
@@ -66,22 +77,22 @@ class BackboneSettings(Settings):
 
 
 class Backbone(nn.Module):
-    """Pictures to feature maps; `channels` is the depth of the map, `body` holds the weights."""
+    """Pictures to feature maps; `channels` is the depth of the map, `body` holds the weights.
 
-    def __init__(self, settings: BackboneSettings) -> None:
+    `num_levels` says how many maps will be asked for in training: the LayerNorms of a Swin's other
+    maps, which would never see a gradient, stay frozen.
+    """
+
+    def __init__(self, settings: BackboneSettings, num_levels: int = 3) -> None:
         super().__init__()
         self.settings = settings
-        self.body = ResNet(
-            settings.name,
-            num_stages=4 if settings.output == "layer4" else 3,
-            dilation=settings.dilation,
-            stride_in_1x1=settings.stride_in_1x1,
-        )
+        self.body = _body(settings)
         self.channels = self.body.channels
+        frozen = _frozen_parts(self.body, num_levels)
         for name, parameter in self.body.named_parameters():
-            frozen_stem = name.startswith(("conv1.", "layer1."))
-            parameter.requires_grad_(settings.train and not frozen_stem)
-        self._folded: FoldedResNet | None = None
+            parameter.requires_grad_(settings.train and not name.startswith(frozen))
+        self.body.train()
+        self._folded: FoldedBackbone | None = None
         self._folded_from: tuple[tuple[int, int], ...] = ()
 
     def forward(
@@ -92,9 +103,9 @@ class Backbone(nn.Module):
         A frozen backbone makes no graph and computes in `frozen_precision`.
         """
         if self.settings.train:
-            return run_resnet(self.body.fold(self.body.conv1.weight.dtype), pixels)
+            return run_last(self.body.fold(self._dtype()), pixels)
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            return run_resnet(self.fold(), pixels)
+            return run_last(self.fold(), pixels)
 
     def levels(
         self, pixels: Float[Tensor, "batch 3 height width"], count: int
@@ -105,22 +116,36 @@ class Backbone(nn.Module):
         """
         self._check_count(count)
         if self.settings.train:
-            return run_levels(self.body.fold(self.body.conv1.weight.dtype), pixels, count)
+            return _run_levels(self.body.fold(self._dtype()), pixels, count)
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            return run_levels(self.fold(), pixels, count)
+            return _run_levels(self.fold(), pixels, count)
 
     def level_channels(self, count: int) -> tuple[int, ...]:
         """Depths of the maps of `levels`. ValueError where there are fewer stages."""
         self._check_count(count)
         last = self.body.num_stages
-        name = self.settings.name
-        return tuple(stage_channels(name, stage) for stage in range(last - count, last))
+        return _all_channels(self.settings.name)[last - count : last]
 
     def stages(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch _ _ _"], ...]:
-        """The features of every stage, `layer1` (stride 4) first; `forward` gives the last."""
+        """The features of every stage, that of stride 4 first; `forward` gives the last."""
         return self.levels(pixels, self.body.num_stages)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def fold(self) -> FoldedBackbone:
+        """The frozen network as it is run; made anew when a weight was loaded, moved, changed."""
+        tensors = (*self.body.parameters(), *self.body.buffers())
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        if self._folded is None or state != self._folded_from:
+            precision = frozen_dtype(self.settings.frozen_precision, tensors[0].device)
+            with torch.no_grad():
+                self._folded = self.body.fold(precision)
+            self._folded_from = state
+        return self._folded
+
+    def _dtype(self) -> torch.dtype:
+        return next(self.body.parameters()).dtype
 
     def _check_count(self, count: int) -> None:
         available = self.body.num_stages
@@ -130,18 +155,6 @@ class Backbone(nn.Module):
                 f"output={self.settings.output}, which has 1 to {available}; ask for fewer"
             )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def fold(self) -> FoldedResNet:
-        """The frozen network as it is run; made anew when a weight was loaded, moved, changed."""
-        tensors = (*self.body.parameters(), *self.body.buffers())
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-        if self._folded is None or state != self._folded_from:
-            precision = frozen_dtype(self.settings.frozen_precision, self.body.conv1.weight.device)
-            with torch.no_grad():
-                self._folded = self.body.fold(precision)
-            self._folded_from = state
-        return self._folded
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """A move may put new values where the old ones lay, so the folded weights go first."""
         self._folded = None
@@ -150,6 +163,28 @@ class Backbone(nn.Module):
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles carry the weights alone; folded ones are made anew when needed."""
         return {**self.__dict__, "_folded": None, "_folded_from": ()}
+
+
+def run_last(
+    folded: FoldedBackbone, pixels: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch channels rows columns"]:
+    """The map of the last stage alone, in the precision of the folded weights."""
+    match folded:
+        case FoldedResNet():
+            return run_resnet(folded, pixels)
+        case FoldedSwin():
+            (last,) = run_swin(folded, pixels, 1)
+            return last
+        case _:
+            assert_never(folded)
+
+
+def has_bottlenecks(name: BackboneName) -> bool:
+    """Whether it is a ResNet of bottleneck blocks, which can dilate and move their strides."""
+    if name == "swin_t":
+        return False
+    bottleneck, _ = resnet_layout(name)
+    return bottleneck
 
 
 def frozen_dtype(precision: Precision, device: torch.device) -> torch.dtype:
@@ -171,6 +206,48 @@ def feature_padding(
     """The padding mask at the size of a feature map, nearest neighbour as in DETR."""
     resized = F.interpolate(padding[None].float(), size=(rows, columns), mode="nearest")
     return resized[0].bool()
+
+
+def _body(settings: BackboneSettings) -> ResNet | Swin:
+    num_stages = 4 if settings.output == "layer4" else 3
+    name = settings.name
+    if name == "swin_t":
+        return Swin(num_stages=num_stages, drop_path=settings.drop_path)
+    return ResNet(
+        name,
+        num_stages=num_stages,
+        dilation=settings.dilation,
+        stride_in_1x1=settings.stride_in_1x1,
+    )
+
+
+def _frozen_parts(body: ResNet | Swin, num_levels: int) -> tuple[str, ...]:
+    """How the names of those parameters begin that training leaves as they are."""
+    match body:
+        case ResNet():
+            return ("conv1.", "layer1.")
+        case Swin():
+            unused = range(body.num_stages - num_levels)
+            return ("patch_embedding.", "stages.0.", *(f"norms.{stage}." for stage in unused))
+        case _:
+            assert_never(body)
+
+
+def _all_channels(name: BackboneName) -> tuple[int, ...]:
+    """Of the maps of all four stages, stride 4 first."""
+    if name == "swin_t":
+        return SWIN_CHANNELS
+    return tuple(stage_channels(name, stage) for stage in range(4))
+
+
+def _run_levels(folded: FoldedBackbone, pixels: Tensor, count: int) -> tuple[Tensor, ...]:
+    match folded:
+        case FoldedResNet():
+            return run_levels(folded, pixels, count)
+        case FoldedSwin():
+            return run_swin(folded, pixels, count)
+        case _:
+            assert_never(folded)
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
