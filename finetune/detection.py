@@ -72,6 +72,7 @@ def _evaluation(
             world,
             recipe.loop.precision,
             recipe.data.stream.reading,
+            class_scores=recipe.model.class_scores,
         )
 
         def score() -> Judgement:

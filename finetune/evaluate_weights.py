@@ -135,7 +135,15 @@ def _boxes(
     detector = build_detector(artefact).to(device)
     classes = _classes(artefact, data)
     world = World.alone(device)
-    return evaluate_detector(detector, data, classes, settings, world, progress=progress)()
+    return evaluate_detector(
+        detector,
+        data,
+        classes,
+        settings,
+        world,
+        progress=progress,
+        class_scores=artefact.detector.class_scores,
+    )()
 
 
 def _told(evaluation: Evaluation | PanopticEvaluation | OneShotEvaluation) -> Judged:

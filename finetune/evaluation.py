@@ -1,10 +1,11 @@
 """Evaluation of a detector on a labelled set: predicted by all workers, scored by one.
 
 Worker r of n predicts every n-th picture once; batches hold pictures of like shape. As DETR does
-it: the likeliest class of each object query (the softmax's column of no object is no choice), no
-threshold, no suppression. What was found is gathered once, as small arrays on the CPU; scoring
-needs no model and may run in a thread beside the training. The loss is not computed: it would cost
-a matching of every batch and says less than AP.
+it: the likeliest class of each object query (the softmax's column of no object is no choice), or
+with sigmoid scores the surest pairs of a query and a class; no threshold, no suppression. What was
+found is gathered once, as small arrays on the CPU; scoring needs no model and may run in a thread
+beside the training. The loss is not computed: it would cost a matching of every batch and says less
+than AP.
 
 The classes of the model and of the data meet by name, so that a detector of COCO can be judged on
 VOC. A picture that cannot be read is left out, its objects too, and is named in the result.
@@ -27,6 +28,7 @@ from finetune.scores import Difficult, PictureDetections, PictureTruth
 from finetune.shares import ClassMap, JudgedPicture, Share, map_classes, predict_share
 from finetune.voc_ap import VocScores, score_voc
 from models.artefact import without_credentials
+from models.matching import ClassScores
 from models.settings import Settings
 from models.structures import Classes
 from training.world import World, gather_objects
@@ -106,6 +108,7 @@ def evaluate_detector(
     precision: Literal["float32", "bf16"] = "float32",
     reading: ReadingSettings | None = None,
     progress: Progress | None = None,
+    class_scores: ClassScores = "softmax",
 ) -> Callable[[], Evaluation]:
     """Predicts on every worker, each its own pictures; what comes back does the scoring.
 
@@ -129,7 +132,13 @@ def evaluate_detector(
     with closing(batches) as open_batches:
         told = _counted(open_batches, len(ids), progress) if progress else open_batches
         share = predict_share(
-            model, told, model_classes, data.classes, settings.max_detections, precision
+            model,
+            told,
+            model_classes,
+            data.classes,
+            settings.max_detections,
+            precision,
+            class_scores,
         )
     shares = gather_objects(share)
     return lambda: score_shares(shares, data, class_map, settings)

@@ -22,6 +22,7 @@ from finetune.artefacts import build_detector, open_weights
 from finetune.picture_sources import ImageInput, decoded, described
 from models.artefact import Artefact, PictureInput
 from models.backbone import frozen_dtype
+from models.matching import ClassScores
 from models.postprocess import detections
 from models.structures import Classes, Images, LayerOutput
 
@@ -90,10 +91,13 @@ class LoadedDetector:
     """A detector that is ready to be asked."""
 
     find: Callable[[Images], LayerOutput]
-    """The last decoder layer's answer; its logits are those of `classes` and of "no object"."""
+    """The last decoder layer's answer; its logits are those of `classes`, and with softmax scores
+    of "no object".
+    """
     classes: Classes
     input: PictureInput
     device: torch.device
+    class_scores: ClassScores = "softmax"
 
     def predict(
         self,
@@ -143,7 +147,8 @@ def load_detector(source: str, device: Device = "auto") -> LoadedDetector:
             layer: LayerOutput = model(images).groups[0].layers[-1]
         return layer
 
-    return LoadedDetector(find, classes_of(artefact), artefact.input, target)
+    scores = artefact.detector.class_scores
+    return LoadedDetector(find, classes_of(artefact), artefact.input, target, scores)
 
 
 def prepare(picture: UInt8[np.ndarray, "_ _ 3"], size: PictureInput) -> PreparedPicture:
@@ -160,7 +165,7 @@ def predict_batch(
     """What is found in pictures that have one size when prepared, in one run of the detector."""
     layer = detector.find(prepared_images(pictures, detector.device))
     sizes = torch.tensor([[one.height, one.width] for one in pictures], device=detector.device)
-    found = detections(layer, sizes)
+    found = detections(layer, sizes, detector.class_scores)
     scores, labels, boxes = found.scores.cpu(), found.labels.cpu(), found.boxes_xyxy.cpu()
     return [
         _predictions(

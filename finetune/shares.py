@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from data.evaluation_batches import EvaluationBatch
 from finetune.scores import PictureDetections, PictureTruth, truth_of
 from models.interop.class_names import match_names
-from models.postprocess import detections
+from models.matching import ClassScores
+from models.postprocess import MAX_PAIRS, detections
 from models.structures import Classes, DetectorOutput, Images, LayerOutput
 
 
@@ -89,6 +90,7 @@ def predict_share(
     classes: Classes,
     max_detections: int,
     precision: Literal["float32", "bf16"],
+    class_scores: ClassScores = "softmax",
 ) -> Share:
     """Runs the model, which is in evaluation mode, over the batches; `classes` are the data's.
 
@@ -104,7 +106,8 @@ def predict_share(
         skipped += map(str, batch.skipped)
         if not batch.keys:
             continue
-        found = picture_detections(_last_layer(model, batch.images, precision), batch.stored_sizes)
+        layer = _last_layer(model, batch.images, precision)
+        found = picture_detections(layer, batch.stored_sizes, class_scores, max_detections)
         truths = [truth_of(annotation, classes) for annotation in batch.annotations]
         for sample_id, truth, each in zip(batch.sample_ids.tolist(), truths, found, strict=True):
             finite = np.isfinite(each.scores) & np.isfinite(each.boxes_xyxy).all(axis=1)
@@ -118,10 +121,13 @@ def predict_share(
 
 
 def picture_detections(
-    layer: LayerOutput, sizes: Int64[Tensor, "batch 2"]
+    layer: LayerOutput,
+    sizes: Int64[Tensor, "batch 2"],
+    class_scores: ClassScores = "softmax",
+    max_pairs: int = MAX_PAIRS,
 ) -> list[PictureDetections]:
-    """One detection of each object query in pixels of pictures of these (height, width)."""
-    found = detections(layer, sizes.to(layer.boxes.device))
+    """What `detections` finds, in pixels of pictures of these (height, width)."""
+    found = detections(layer, sizes.to(layer.boxes.device), class_scores, max_pairs)
     columns = (found.boxes_xyxy, found.labels, found.scores)
     return [
         PictureDetections(boxes, labels, scores)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, assert_never
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from models.detector_settings import DetectorSettings
@@ -40,7 +41,9 @@ class Supervision:
     legacy_dam: bool = False
     """The released Sparse DETR's attention map, half a cell off."""
     legacy_padding: bool = False
-    """The released Sparse DETR's loss of the scoring network, in which padding counts."""
+    """The released Sparse DETR's use of padding: it counts in the loss of the scoring network, and
+    tokens that only fill up a batch in those of the encoder layers.
+    """
 
 
 def supervision_of(settings: DetectorSettings) -> Supervision:
@@ -113,11 +116,16 @@ def _supervised(
     """All predictions that are matched, those of the decoder first."""
     (group,) = output.groups
     decoder = decoder_layers(group, targets, reconstruction)
-    return (decoder, *_of_tokens(output.memory, _token_targets(targets, supervision)))
+    of_tokens = _token_targets(targets, supervision)
+    return (decoder, *_of_tokens(output.memory, of_tokens, supervision.legacy_padding))
 
 
-def _of_tokens(memory: Memory, targets: Targets) -> tuple[Supervised, ...]:
-    """What tokens say, wherever they are asked."""
+def _of_tokens(memory: Memory, targets: Targets, legacy_padding: bool) -> tuple[Supervised, ...]:
+    """What tokens say, wherever they are asked.
+
+    Encoder layers speak for a picture's selected tokens; those that fill up its row are not heard,
+    or its losses would depend on the other pictures of the batch (as in the released code).
+    """
     supervised: list[Supervised] = []
     if memory.proposals is not None:
         supervised.append(_tokens((memory.proposals,), ("the proposals",), ("_enc",), targets))
@@ -125,7 +133,10 @@ def _of_tokens(memory: Memory, targets: Targets) -> tuple[Supervised, ...]:
         numbers = range(len(memory.encoder_layers))
         places = tuple(f"encoder layer {number}" for number in numbers)
         suffixes = tuple(f"_enc_{number}" for number in numbers)
-        supervised.append(_tokens(memory.encoder_layers, places, suffixes, targets))
+        heard = None
+        if memory.selection is not None and not legacy_padding:
+            heard = memory.selection.kept
+        supervised.append(_tokens(memory.encoder_layers, places, suffixes, targets, heard))
     if memory.objectness is not None:
         places = ("the tokens before the encoder",)
         supervised.append(_tokens((memory.objectness,), places, ("_backbone",), targets))
@@ -137,10 +148,11 @@ def _tokens(
     places: tuple[str, ...],
     suffixes: tuple[str, ...],
     targets: Targets,
+    counted: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Supervised:
     logits = torch.stack([layer.logits.float() for layer in layers])
     boxes = torch.stack([layer.boxes.float() for layer in layers])
-    return Supervised(suffixes, Candidates(places, logits, boxes, targets))
+    return Supervised(suffixes, Candidates(places, logits, boxes, targets, counted))
 
 
 def _token_targets(targets: Targets, supervision: Supervision) -> Targets:

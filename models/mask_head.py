@@ -75,6 +75,11 @@ class PanopticDetector(nn.Module):
         self, detector: Detector, settings: MaskHeadSettings, generator: torch.Generator
     ) -> None:
         super().__init__()
+        if detector.settings.class_scores != "softmax":
+            raise ValueError(
+                f"class_scores={detector.settings.class_scores}: a mask head goes on detectors "
+                "with softmax scores alone; use class_scores=softmax"
+            )
         self.settings = settings
         self.detector = detector.requires_grad_(False)
         dim, num_heads = detector.settings.hidden_dim, detector.settings.num_heads

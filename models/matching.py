@@ -29,6 +29,9 @@ ClassScores = Literal["softmax", "sigmoid"]
 no for each class by itself, without a logit of "no object" (Deformable DETR).
 """
 
+_NEVER = 1e6
+"""A cost above all others, in the place of infinity, which the assignment takes for an error."""
+
 _NO_TARGET = torch.iinfo(torch.int64).min
 
 
@@ -95,6 +98,8 @@ class Candidates:
     logits: Float[Tensor, "layers batch queries classes"]
     boxes_cxcywh: Float[Tensor, "layers batch queries 4"]
     targets: Targets
+    counted: Bool[Tensor, "batch queries"] | None = None
+    """False for queries that only fill up a batch: they get no target. None counts all."""
 
 
 def match(
@@ -120,7 +125,7 @@ def decoder_places(num_layers: int) -> tuple[str, ...]:
 def match_all(
     candidates: Sequence[Candidates], costs: MatchingCosts, class_scores: ClassScores
 ) -> tuple[Matching, ...]:
-    """The pairs of least total cost, per layer and picture: min(queries, targets) of them.
+    """The pairs of least total cost, per layer and picture: min(counted queries, targets) of them.
 
     UnmatchableError names the layer and the picture of a cost that is not finite, or the label that
     is not a class. One copy from the device to the host, and one back, for all candidates.
@@ -187,6 +192,9 @@ def _assign(
     for layer in range(layers):
         for picture, of_picture in enumerate(by_picture):
             query, target = linear_sum_assignment(of_picture[layer])
+            if candidates.counted is not None:
+                heard = of_picture[layer, query, target] < _NEVER
+                query, target = query[heard], target[heard]
             place = np.broadcast_to([[layer], [picture]], (2, len(query)))
             pairs.append(np.concatenate((place, query[None], target[None])))
     return np.concatenate(pairs, axis=1)
@@ -212,6 +220,8 @@ def _costs(
     unknown = (targets.labels < 0) | (targets.labels >= num_classes)
     impossible = unknown | (targets.boxes_cxcywh[..., 2:] < 0).any(-1)
     cost = cost.masked_fill(impossible[:, None], torch.inf)
+    if candidates.counted is not None:
+        cost = cost.masked_fill(~candidates.counted[..., None], _NEVER)
     return cost.masked_fill(~targets.present[:, None], 0.0)
 
 

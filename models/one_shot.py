@@ -29,7 +29,15 @@ ONE_CROP = QueryPatches(num_patches=1, attention_mask=False, mask_ratio=0.0, rec
 
 
 def one_shot_settings(settings: DetectorSettings) -> DetectorSettings:
-    """The settings with the labels of one-shot detection; ValueError for another class count."""
+    """The settings with the labels of one-shot detection.
+
+    ValueError for another class count and for sigmoid scores.
+    """
+    if settings.class_scores != "softmax":
+        raise ValueError(
+            f"class_scores={settings.class_scores}: one-shot detection has softmax scores alone; "
+            "use class_scores=softmax"
+        )
     if settings.num_classes not in (None, NUM_CLASSES):
         raise ValueError(
             f"num_classes={settings.num_classes}: one-shot detection has {NUM_CLASSES} labels, a "

@@ -9,7 +9,7 @@ from typing import Literal, assert_never
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.boxes import cxcywh_to_xyxy, generalized_iou_pairs
@@ -51,15 +51,18 @@ def layer_sums(candidates: Candidates, matching: Matching, class_loss: ClassLoss
     """The sums of all layers."""
     padded = pad_targets(candidates.targets)
     distance, giou = _box_losses(candidates.boxes_cxcywh, padded, matching)
+    counted = candidates.counted
     match class_loss:
         case CrossEntropy(no_object):
             if no_object == "paper":
                 batch, queries = candidates.logits.shape[1:3]
                 no_object = sum(map(len, candidates.targets.labels)) / (batch * queries)
-            entropy, weight = _cross_entropy(candidates.logits, padded, matching, no_object)
+            entropy, weight = _cross_entropy(
+                candidates.logits, padded, matching, no_object, counted
+            )
             return LayerSums(entropy, weight, distance, giou)
         case Focal(alpha, gamma):
-            focal = _focal_loss(candidates.logits, padded, matching, alpha, gamma)
+            focal = _focal_loss(candidates.logits, padded, matching, alpha, gamma, counted)
             return LayerSums(focal, None, distance, giou)
         case _:
             assert_never(class_loss)
@@ -92,7 +95,10 @@ def cardinality_error(candidates: Candidates) -> Float[Tensor, " layers"]:
     """
     num_true = pad_targets(candidates.targets).present.sum(1)
     last = candidates.logits.shape[-1] - 1
-    num_found = (candidates.logits.argmax(-1) != last).sum(-1)
+    found = candidates.logits.argmax(-1) != last
+    if candidates.counted is not None:
+        found = found & candidates.counted
+    num_found = found.sum(-1)
     return (num_found - num_true).abs().float().mean(1)
 
 
@@ -101,6 +107,7 @@ def _cross_entropy(
     targets: PaddedTargets,
     matching: Matching,
     no_object: float,
+    counted: Bool[Tensor, "batch queries"] | None,
 ) -> tuple[Float[Tensor, " layers"], Float[Tensor, " layers"]]:
     """Weighted sum of the cross-entropies of all queries and the sum of their weights, by layer."""
     last = logits.shape[-1] - 1
@@ -109,6 +116,8 @@ def _cross_entropy(
     wanted = wanted.index_put(places, targets.labels[matching.picture, matching.target])
     entropy = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none")
     weight = torch.where(wanted == last, no_object, 1.0)
+    if counted is not None:
+        weight = weight * counted
     return (entropy.view_as(weight) * weight).sum((1, 2)), weight.sum((1, 2))
 
 
@@ -118,14 +127,17 @@ def _focal_loss(
     matching: Matching,
     alpha: float,
     gamma: float,
+    counted: Bool[Tensor, "batch queries"] | None,
 ) -> Float[Tensor, " layers"]:
     """Sum of the focal losses of all queries and classes, by layer; there is no "no object"."""
     label = targets.labels[matching.picture, matching.target]
     wanted = torch.zeros_like(logits, dtype=torch.bool)
     places = (matching.layer, matching.picture, matching.query, label)
     wanted = wanted.index_put(places, torch.ones_like(label, dtype=torch.bool))
-    losses = focal_losses(logits, wanted, alpha, gamma)
-    return losses.sum((1, 2, 3))
+    losses = focal_losses(logits, wanted, alpha, gamma).sum(-1)
+    if counted is not None:
+        losses = losses.masked_fill(~counted, 0.0)
+    return losses.sum((1, 2))
 
 
 def _box_losses(

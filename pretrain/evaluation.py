@@ -69,7 +69,8 @@ def _evaluate_batch(
         output: PatchOutput = model(batch.images, batch.patches)
     losses = patch_losses(recipe, output, batch)
     last = output.detection.groups[0].layers[-1]
-    matching = match(last.logits[None], last.boxes[None], batch.targets, recipe.costs)
+    class_scores = recipe.model.class_scores
+    matching = match(last.logits[None], last.boxes[None], batch.targets, recipe.costs, class_scores)
     by_patch = matching.query[
         torch.argsort(matching.picture * last.boxes.shape[1] + matching.target)
     ]
@@ -79,7 +80,8 @@ def _evaluate_batch(
         **{name: losses.terms[name] for name in SHOWN if name in losses.terms},
     }
     values = torch.stack([value.float() for value in terms.values()]).tolist()
-    return picture_results(last, batch.targets, matched), dict(zip(terms, values, strict=True))
+    judged = picture_results(last, batch.targets, matched, class_scores)
+    return judged, dict(zip(terms, values, strict=True))
 
 
 def _together(shares: tuple[_Share, ...]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from data.patch_content import PatchContent
 from data.reading import ReadingSettings
 from models.boxes import cxcywh_to_xyxy
 from models.patch_queries import PatchDetector, PatchOutput
+from models.postprocess import query_scores
 from pretrain.drawing import Tile, draw_grid
 from pretrain.held_out import own_answers
 from pretrain.recipe import PretrainRecipe
@@ -79,7 +80,7 @@ def _found(model: PatchDetector, packed: PackedPatchBatch) -> Tensor:
     batch = to_device(packed, torch.device("cpu"))
     output: PatchOutput = model(batch.images, batch.patches)
     last = output.detection.groups[0].layers[-1]
-    scores = last.logits.softmax(-1)[..., :-1].amax(-1)
+    scores = query_scores(last.logits, model.detector.settings.class_scores)
     answers = own_answers(scores, batch.patches.shape[1])
     return last.boxes.gather(1, answers[..., None].expand(-1, -1, 4))
 

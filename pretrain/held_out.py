@@ -20,6 +20,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from models.boxes import cxcywh_to_xyxy, iou
+from models.matching import ClassScores
+from models.postprocess import query_scores
 from models.structures import LayerOutput, Targets
 from pretrain.detection_ap import PictureDetections, average_precision
 
@@ -36,7 +38,10 @@ class PictureResult:
 
 
 def picture_results(
-    layer: LayerOutput, targets: Targets, matched_queries: Sequence[Int64[Tensor, " patches"]]
+    layer: LayerOutput,
+    targets: Targets,
+    matched_queries: Sequence[Int64[Tensor, " patches"]],
+    class_scores: ClassScores = "softmax",
 ) -> list[PictureResult]:
     """One result per picture; `matched_queries`: per picture, the query matched to each patch.
 
@@ -45,7 +50,7 @@ def picture_results(
     boxes = torch.stack(targets.boxes_cxcywh)
     num_patches = boxes.shape[1]
     group_size = layer.boxes.shape[1] // num_patches
-    scores = layer.logits.float().softmax(-1)[..., :-1].amax(-1)
+    scores = query_scores(layer.logits, class_scores)
     overlaps = iou(cxcywh_to_xyxy(layer.boxes.float()), cxcywh_to_xyxy(boxes))
     answers = own_answers(scores, num_patches)
     own_iou = overlaps.gather(1, answers[..., None].expand(-1, -1, num_patches)).diagonal(
