@@ -1,11 +1,12 @@
 """AdamW in named groups: the backbone and the rest (DETR, section 4; UP-DETR, section 4.1).
 
-Weight decay covers every trainable tensor, biases and norms included, as in the public code. The
-public code finds the backbone by a word in the parameter's name and so freezes learned position
-codes with it; here the backbone is the module itself.
+Deformable DETR adds a third, of what says where to sample (A.4, `models.sampling_parts`). Weight
+decay covers every trainable tensor, biases and norms included, as in the public code, which finds
+the backbone by a word in the parameter's name and so freezes learned position codes with it; here
+all groups are modules.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -24,9 +25,13 @@ class OptimiserSettings(Settings):
     """AdamW and the clipping of its gradients."""
 
     lr: float = Field(default=1e-4, gt=0)
-    """Learning rate of everything but the backbone."""
+    """Learning rate of everything that has no rate of its own."""
     backbone_lr: float = Field(default=1e-5, gt=0)
     """Learning rate of the backbone; without effect where it is frozen."""
+    sampling_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of sampling offsets and reference points (Deformable DETR: a tenth of lr); null
+    takes lr, and without deformable attention it has no effect.
+    """
     weight_decay: float = Field(default=1e-4, ge=0)
     """Decoupled weight decay of every trainable tensor."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -38,22 +43,39 @@ class OptimiserSettings(Settings):
 
 
 def build_optimiser(
-    model: nn.Module, backbone: nn.Module | None, settings: OptimiserSettings
+    model: nn.Module,
+    backbone: nn.Module | None,
+    settings: OptimiserSettings,
+    sampling: Sequence[nn.Module] = (),
 ) -> AdamW:
-    """AdamW over the trainable parameters, in the groups "backbone" (if trainable) and "rest".
+    """AdamW over the trainable parameters, in the groups "backbone", "rest" and "sampling".
+
+    A group is there where it has a parameter: "sampling", of the modules given by that name, where
+    they have a rate of their own.
 
     Raises:
-        ValueError: nothing is trainable, or the backbone is not a part of `model`.
+        ValueError: nothing is trainable, or a module given is not a part of `model`.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameter; unfreeze a part of it")
-    inside = _identities(backbone)
-    if not inside <= {id(p) for _, p in trainable}:
-        raise ValueError("the backbone given to the optimiser is not a part of the model")
+    known = {id(p) for _, p in trainable}
+    of_backbone = _identities("backbone", () if backbone is None else (backbone,), known)
+    of_sampling = _identities("sampling parts", sampling, known)
+    rates = {"backbone": settings.backbone_lr, "rest": settings.lr}
+    if settings.sampling_lr is None:
+        of_sampling = set()
+    else:
+        rates["sampling"] = settings.sampling_lr
+
+    def group_of(parameter: nn.Parameter) -> str:
+        if id(parameter) in of_backbone:
+            return "backbone"
+        return "sampling" if id(parameter) in of_sampling else "rest"
+
     groups = [
-        _group("backbone", [(n, p) for n, p in trainable if id(p) in inside], settings.backbone_lr),
-        _group("rest", [(n, p) for n, p in trainable if id(p) not in inside], settings.lr),
+        _group(group, [(name, p) for name, p in trainable if group_of(p) == group], rate)
+        for group, rate in rates.items()
     ]
     return AdamW(
         [group for group in groups if group["params"]],
@@ -100,10 +122,11 @@ def clip_gradients(
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
 
 
-def _identities(backbone: nn.Module | None) -> set[int]:
-    if backbone is None:
-        return set()
-    return {id(p) for p in backbone.parameters() if p.requires_grad}
+def _identities(what: str, modules: Sequence[nn.Module], known: set[int]) -> set[int]:
+    found = {id(p) for module in modules for p in module.parameters() if p.requires_grad}
+    if not found <= known:
+        raise ValueError(f"the {what} given to the optimiser are not a part of the model")
+    return found
 
 
 def _group(name: str, params: list[tuple[str, nn.Parameter]], base_lr: float) -> dict[str, object]:

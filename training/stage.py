@@ -12,6 +12,7 @@ from typing import Generic
 import torch
 from torch import nn
 
+from models.sampling_parts import sampling_parts
 from models.structures import Losses
 from training.checkpoint import resume
 from training.ema import Ema
@@ -86,7 +87,9 @@ def train_stage(stage: Stage[B], host: Host) -> Position:
     wrapped = parallel_model(stage.model, world, recipe.loop.compile)
     state = TrainingState(
         model=stage.model,
-        optimiser=build_optimiser(stage.model, stage.backbone, recipe.optimiser),
+        optimiser=build_optimiser(
+            stage.model, stage.backbone, recipe.optimiser, sampling_parts(stage.model)
+        ),
         ema=Ema(stage.model, recipe.ema) if recipe.ema else None,
         metadata=stage.metadata,
     )

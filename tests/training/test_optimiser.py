@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from models.detector import Detector
+from models.detector_settings import DetectorSettings
+from models.sampling_parts import sampling_parts
 from tests.training.small import DropoutLine
 from training.ema import Ema, EmaSettings
 from training.optimiser import (
@@ -42,6 +45,51 @@ def test_learned_position_codes_are_not_in_the_backbone_group() -> None:
         "rest": ["backbone.1.weight", "head.weight", "head.bias"],
     }
     assert [group["lr"] for group in optimiser.param_groups] == [1e-5, 3e-4]
+
+
+def deformable_detector(**given: object) -> Detector:
+    said = {
+        "encoder_attention": "deformable", "decoder_attention": "deformable", "feature_levels": 2,
+        "encoder_layers": 2, "box_refinement": True, "backbone": {"name": "resnet18"},
+        "hidden_dim": 32, "num_heads": 4, "feedforward_dim": 8, "num_classes": 3, "num_queries": 5,
+    }  # fmt: skip
+    settings = DetectorSettings.model_validate(said | given)
+    return Detector(settings, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_what_says_where_to_sample_has_its_own_rate(two_stage: bool) -> None:
+    """Deformable DETR's groups: 2e-4, 2e-5 and 2e-5; two-stage has no learned reference points."""
+    model = deformable_detector(two_stage=two_stage, decoder_layers=3)
+    settings = OptimiserSettings(lr=2e-4, backbone_lr=2e-5, sampling_lr=2e-5)
+    optimiser = build_optimiser(model, model.backbone, settings, sampling_parts(model))
+    names = grouped_names(model, optimiser)
+    offsets = [f"encoder.layers.{n}.self_attention.sampling_offsets" for n in range(2)]
+    offsets += [f"decoder.layers.{n}.cross_attention.sampling_offsets" for n in range(3)]
+    wanted = [*offsets, *([] if two_stage else ["reference_points"])]
+    assert set(names["sampling"]) == {
+        f"{module}.{kind}" for module in wanted for kind in ("weight", "bias")
+    }
+    assert not any(name.startswith("backbone.") for name in names["rest"])
+    rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
+    assert rates == {"rest": 2e-4, "sampling": 2e-5}
+    assert {group["weight_decay"] for group in optimiser.param_groups} == {1e-4}
+
+
+def test_without_a_rate_of_its_own_it_learns_with_the_rest() -> None:
+    model = deformable_detector()
+    one = build_optimiser(model, None, OptimiserSettings(), sampling_parts(model))
+    assert [group["name"] for group in one.param_groups] == ["rest"]
+
+
+def test_a_dense_detector_has_nothing_that_samples_and_its_old_states_load() -> None:
+    dense = {"encoder_attention": "dense", "decoder_attention": "dense", "feature_levels": 1}
+    model = deformable_detector(**dense, box_refinement=False)
+    assert sampling_parts(model) == ()
+    before = build_optimiser(model, None, OptimiserSettings())
+    ours = build_optimiser(model, None, OptimiserSettings(sampling_lr=1e-5), sampling_parts(model))
+    load_optimiser_state(ours, before.state_dict())
+    assert grouped_names(model, ours) == grouped_names(model, before)
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
