@@ -70,21 +70,22 @@ def read_logits(
 
 def read_boxes(
     head: BoxHead,
-    hidden: Float[Tensor, "*tokens dim"],
-    reference: Float[Tensor, "*tokens coordinates"] | None,
-) -> Float[Tensor, "*tokens 4"]:
+    hidden: Float[Tensor, "*#tokens dim"],
+    reference: Float[Tensor, "*#tokens coordinates"] | None,
+) -> Float[Tensor, "*#tokens 4"]:
     """boxes_cxcywh: sigmoid of what the head says, plus the logit of the reference if there is one.
 
-    A reference point (x, y) moves the centre alone, a reference box (cx, cy, w, h) all four.
+    A reference point (x, y) moves the centre alone, a reference box (cx, cy, w, h) all four; one
+    reference may serve the queries of several layers.
     """
     return read_boxes_by_logit(head, hidden, None if reference is None else logit(reference))
 
 
 def read_boxes_by_logit(
     head: BoxHead,
-    hidden: Float[Tensor, "*tokens dim"],
-    start: Float[Tensor, "*tokens coordinates"] | None,
-) -> Float[Tensor, "*tokens 4"]:
+    hidden: Float[Tensor, "*#tokens dim"],
+    start: Float[Tensor, "*#tokens coordinates"] | None,
+) -> Float[Tensor, "*#tokens 4"]:
     """`read_boxes` from the logits of the reference."""
     with torch.autocast(hidden.device.type, enabled=False):
         said: Tensor = head(hidden.to(head.first.weight.dtype))
