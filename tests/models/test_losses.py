@@ -1,5 +1,6 @@
 """The set criterion."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -11,7 +12,7 @@ from torchvision.ops import generalized_box_iou
 
 from models.boxes import cxcywh_to_xyxy
 from models.losses import LossWeights, Reconstruction, set_losses
-from models.matching import MatchingCosts, match
+from models.matching import ClassScores, MatchingCosts, match
 from models.structures import GroupOutput, LayerOutput, Losses, Targets
 from tests.models.test_matching import predictions, targets
 
@@ -77,17 +78,19 @@ def test_all_layers_at_once_equal_one_after_the_other_forward_and_backward() -> 
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("no_object", [0.1, "paper"])
+@pytest.mark.parametrize(
+    ("no_object", "class_scores"), [(0.1, "softmax"), ("paper", "softmax"), (0.1, "sigmoid")]
+)
 def test_averaged_gradients_of_unequal_ranks_are_those_of_the_whole_batch(
-    no_object: float | str,
+    no_object: float | str, class_scores: ClassScores
 ) -> None:
     """Ranks hold 1 and 2 pictures, a third one only a blank stand-in."""
     logits, boxes = predictions(2, 3, 5)
     weights = LossWeights.model_validate({"no_object": no_object})
     of = targets(2, 2, 2)
-    whole = _gradient(logits, boxes, of, weights)
+    whole = _gradient(logits, boxes, of, weights, class_scores)
     parts = [slice(0, 1), slice(1, 3), slice(0, 1)]
-    divisors = _divisors(logits, boxes, of, weights, parts)
+    divisors = _divisors(logits, boxes, of, weights, class_scores, parts)
     ranks = [
         _gradient(
             logits[:, part],
@@ -96,6 +99,7 @@ def test_averaged_gradients_of_unequal_ranks_are_those_of_the_whole_batch(
             if rank == 2
             else Targets(of.boxes_cxcywh[part], of.labels[part]),
             weights,
+            class_scores,
             reduce_sum=lambda _: divisors,
             world_size=3,
             blank=rank == 2,
@@ -111,6 +115,7 @@ def _gradient(
     boxes: Tensor,
     of: Targets,
     weights: LossWeights,
+    class_scores: ClassScores,
     *,
     reduce_sum: Callable[[Tensor], Tensor] | None = None,
     world_size: int = 1,
@@ -123,6 +128,7 @@ def _gradient(
         of,
         weights,
         COSTS,
+        class_scores=class_scores,
         reduce_sum=reduce_sum,
         world_size=world_size,
         blank=blank,
@@ -131,7 +137,12 @@ def _gradient(
 
 
 def _divisors(
-    logits: Tensor, boxes: Tensor, of: Targets, weights: LossWeights, parts: Sequence[slice]
+    logits: Tensor,
+    boxes: Tensor,
+    of: Targets,
+    weights: LossWeights,
+    class_scores: ClassScores,
+    parts: Sequence[slice],
 ) -> Tensor:
     """What a sum over the ranks gives: the blank one adds nothing."""
     local: list[Tensor] = []
@@ -143,7 +154,15 @@ def _divisors(
     for rank, part in enumerate(parts):
         share = Targets(of.boxes_cxcywh[part], of.labels[part])
         group = group_of(logits[:, part], boxes[:, part])
-        set_losses(group, share, weights, COSTS, reduce_sum=keep, blank=rank == 2)
+        set_losses(
+            group,
+            share,
+            weights,
+            COSTS,
+            class_scores=class_scores,
+            reduce_sum=keep,
+            blank=rank == 2,
+        )
     assert float(local[2].abs().max()) == 0
     return torch.stack(local).sum(0)
 
@@ -216,3 +235,92 @@ def test_no_single_value_is_read_back_from_the_device() -> None:
     with _Readings() as readings:
         set_losses(group_of(logits, boxes), of, WEIGHTS, COSTS, reconstruction=rebuilt)
     assert readings.count == 0
+
+
+def sure_of_one_box() -> tuple[GroupOutput, Targets]:
+    """Query 0 lies on the target, of class 1, and gives it 3/4; all else gets 1/2."""
+    logits = torch.tensor([[[[0.0, math.log(3)], [0.0, 0.0]]]])
+    boxes = torch.tensor([[[[0.5, 0.5, 0.2, 0.4], [0.1, 0.1, 0.2, 0.2]]]])
+    return group_of(logits, boxes), Targets((boxes[0, 0, :1] + 0.1,), (torch.tensor([1]),))
+
+
+def test_the_focal_loss_is_the_sum_over_queries_and_classes_per_target() -> None:
+    """Deformable DETR, 4.2: 3 x 0.75/4 log 2 of what is not there, 0.25/16 log(4/3) of what is."""
+    group, of = sure_of_one_box()
+    losses = set_losses(group, of, WEIGHTS, COSTS, class_scores="sigmoid")
+    torch.testing.assert_close(losses.terms["loss_ce"], torch.tensor(3 * 0.1299651 + 0.0044950))
+    torch.testing.assert_close(losses.terms["loss_bbox"], torch.tensor(0.4))
+    twice = Targets(of.boxes_cxcywh * 2, of.labels * 2)
+    pair = set_losses(
+        group_of(*(torch.cat((each, each), dim=1) for each in raw(group))),
+        twice,
+        WEIGHTS,
+        COSTS,
+        class_scores="sigmoid",
+    )
+    torch.testing.assert_close(pair.terms["loss_ce"], losses.terms["loss_ce"])
+
+
+def raw(group: GroupOutput) -> tuple[Tensor, Tensor]:
+    logits = torch.stack([layer.logits for layer in group.layers])
+    return logits, torch.stack([layer.boxes for layer in group.layers])
+
+
+def test_alpha_and_gamma_of_the_focal_loss_come_from_the_weights() -> None:
+    group, of = sure_of_one_box()
+    weights = LossWeights(focal_alpha=0.1, focal_gamma=3.0)
+    losses = set_losses(group, of, weights, COSTS, class_scores="sigmoid")
+    torch.testing.assert_close(losses.terms["loss_ce"], torch.tensor(3 * 0.0779791 + 0.0004495))
+
+
+def test_sigmoid_logs_are_those_of_the_public_code_with_its_meaningless_cardinality() -> None:
+    """It counts queries whose best class is not the last one, though there is no "no object"."""
+    group, of = sure_of_one_box()
+    losses = set_losses(group, of, WEIGHTS, COSTS, class_scores="sigmoid")
+    assert float(losses.terms["class_error"]) == 0
+    assert float(losses.terms["cardinality_error"]) == 0
+    wrong = Targets(of.boxes_cxcywh, (torch.tensor([0]),))
+    assert float(set_losses(group, wrong, WEIGHTS, COSTS).terms["class_error"]) == 100
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (0, 2)])
+def test_pictures_without_targets_have_finite_losses_and_gradients(counts: tuple[int, int]) -> None:
+    logits, boxes = predictions(2, 2, 4)
+    logits.requires_grad_()
+    boxes.requires_grad_()
+    losses = set_losses(
+        group_of(logits, boxes), targets(*counts), WEIGHTS, COSTS, class_scores="sigmoid"
+    )
+    gradients = torch.autograd.grad(losses.total, (logits, boxes))
+    assert all(bool(each.isfinite().all()) for each in gradients)
+    assert bool((gradients[0] != 0).all())
+    if not any(counts):
+        assert float(losses.terms["loss_bbox"]) == 0
+        assert float(losses.terms["class_error"]) == 100
+
+
+def test_focal_losses_are_float32_under_autocast() -> None:
+    """Peers' bug 7.1.12."""
+    logits, boxes = predictions(2, 2, 4)
+    group, of = group_of(logits.bfloat16(), boxes), targets(1, 2)
+    plain = set_losses(group, of, WEIGHTS, COSTS, class_scores="sigmoid")
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = set_losses(group, of, WEIGHTS, COSTS, class_scores="sigmoid")
+    assert plain.total.dtype == torch.float32
+    assert torch.equal(plain.total, mixed.total)
+
+
+def test_up_detrs_patches_are_matched_and_rebuilt_with_sigmoid_scores() -> None:
+    """Label 1 of 2 is "matches a patch", as with softmax scores; the features are the same."""
+    logits, boxes = predictions(3, 2, 5)
+    of = Targets(targets(2, 4).boxes_cxcywh, (torch.tensor([1, 1]), torch.tensor([1, 1, 1, 1])))
+    rebuilt = features(3, 2, 5, 4)
+    group = group_of(logits[..., :2], boxes)
+    losses = set_losses(group, of, WEIGHTS, COSTS, class_scores="sigmoid", reconstruction=rebuilt)
+    pairs = match(logits[2:, ..., :2], boxes[2:], of, COSTS, "sigmoid")
+    alike = F.cosine_similarity(
+        rebuilt.predicted[2][pairs.picture, pairs.query],
+        rebuilt.true[pairs.picture, pairs.target],
+        dim=1,
+    )
+    torch.testing.assert_close(losses.terms["loss_feature"], (2 - 2 * alike).sum() / 6)
