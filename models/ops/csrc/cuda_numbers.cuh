@@ -152,7 +152,9 @@ template <class Number, int count>
 __device__ __forceinline__ void read_many(const typename Number::Stored* from,
                                           typename Number::Real* to) {
   constexpr int bytes = count * static_cast<int>(sizeof(typename Number::Stored));
-  if constexpr (bytes % 16 == 0) {
+  if constexpr (count == 1) {
+    *to = Number::read(__ldg(from));
+  } else if constexpr (bytes % 16 == 0) {
 #pragma unroll
     for (int i = 0; i < bytes / 16; i++) {
       const uint4 words = __ldg(reinterpret_cast<const uint4*>(from) + i);
@@ -178,7 +180,9 @@ template <class Number, int count>
 __device__ __forceinline__ void write_many(typename Number::Stored* to,
                                            const typename Number::Real* from) {
   constexpr int bytes = count * static_cast<int>(sizeof(typename Number::Stored));
-  if constexpr (bytes % 16 == 0) {
+  if constexpr (count == 1) {
+    *to = Number::write(*from);
+  } else if constexpr (bytes % 16 == 0) {
 #pragma unroll
     for (int i = 0; i < bytes / 16; i++) {
       const typename Number::Real* part = from + i * 4 * Number::per_word;
