@@ -153,10 +153,10 @@ def test_sigmoid_scores_are_matched_by_focal_costs() -> None:
 
 def test_focal_costs_are_float32_under_autocast() -> None:
     """Peers' bug 7.1.12: costs in half precision tie, and match at random."""
-    logits, boxes = predictions(1, 2, 5)
-    plain = match(logits, boxes, targets(3, 2), COSTS, "sigmoid")
+    logits, boxes = (each.bfloat16() for each in predictions(2, 2, 60))
+    plain = match(logits.float(), boxes.float(), targets(30, 20), COSTS, "sigmoid")
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = match(logits, boxes, targets(3, 2), COSTS, "sigmoid")
+        mixed = match(logits, boxes, targets(30, 20), COSTS, "sigmoid")
     assert torch.equal(plain.query, mixed.query)
     assert torch.equal(plain.target, mixed.target)
 
@@ -199,7 +199,7 @@ def test_a_token_that_says_no_number_is_named_with_its_place() -> None:
         Candidates(("decoder layer 0", "decoder layer 1"), *decoder, of),
         Candidates(("the proposals",), *tokens, of),
     )
-    with pytest.raises(UnmatchableError, match="in the proposals, picture 0 .* query 6"):
+    with pytest.raises(UnmatchableError, match=r"in the proposals, picture 0 .* query 6"):
         match_all(both, COSTS, "sigmoid")
 
 
