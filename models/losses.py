@@ -197,7 +197,7 @@ def no_divisors(
 class _Divisors:
     """What sums of this rank are divided by, so that averaged gradients are the whole batch's."""
 
-    of_classes: tuple[Float[Tensor, " layers"], ...]
+    of_classes: tuple[Float[Tensor, " _"], ...]
     """For each of the `LayerSums`: by layer, or the number of targets for all layers."""
     targets: Float[Tensor, ""]
     pictures: Float[Tensor, ""]
