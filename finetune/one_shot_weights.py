@@ -10,8 +10,10 @@ from dataclasses import replace
 
 import torch
 
+from finetune.agreement import resolved_settings
 from finetune.artefacts import bare_tensors, fill, open_weights
-from finetune.transfer import resolved_settings, with_backbone
+from finetune.fitting import fitted
+from finetune.transfer import with_backbone
 from models.artefact import Artefact, without_credentials
 from models.detector_settings import DetectorSettings
 from models.interop.backbones import load_backbone
@@ -72,14 +74,21 @@ def finished_one_shot(artefact: Artefact) -> PatchDetector:
 
 def _transferred(model: PatchDetector, artefact: Artefact) -> LoadReport:
     kept = {"patch_projection": _has_projection(artefact), "class_head": _asks_the_same(artefact)}
-    new = tuple(f"{part}.*" for part, is_kept in kept.items() if not is_kept)
-    report = fill(model, artefact, new=new, left_out=LEFT_OUT)
+    rows = {label: label for label in range(NUM_CLASSES)} if kept["class_head"] else {}
+    ready = fitted(bare_tensors(artefact), model.detector, artefact.detector, rows)
+    new = () if kept["patch_projection"] else ("patch_projection.*",)
+    report = fill(
+        model,
+        replace(artefact, tensors=ready.tensors),
+        new=(*new, *ready.new),
+        left_out=(*LEFT_OUT, *ready.left_out),
+    )
     notes = (
         f"{part}: " + ("carried over" if is_kept else f"new, {artefact.source} asks for no match")
         for part, is_kept in kept.items()
     )
     chain = (artefact.source, *artefact.provenance.init)
-    return replace(report, chain=chain, notes=(*report.notes, *notes))
+    return replace(report, chain=chain, notes=(*report.notes, *notes, *ready.notes))
 
 
 def _has_projection(artefact: Artefact) -> bool:
