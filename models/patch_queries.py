@@ -4,6 +4,17 @@ The N queries are shared evenly between M query patches: query n searches for pa
 What it searches for, the pooled CNN feature of the patch, is projected and added to its position
 vector; queries of different patches do not see each other. Costs one more run of the CNN, on the
 patches (36 % of its FLOPs at 10 patches of 128 pixels, measured).
+
+Deformable decoders (Zhu et al., ICLR 2021; Sparse DETR) are ours, no paper has them. There the
+patch is added to the content instead, and the reference point stays that of the learned vector:
+
+- Dense attention compares query and keys, so that a position vector can find its patch. Deformable
+  attention compares nothing: offsets and weights are linear in the query. A patch in the position
+  vector could say where to look and never meet what was seen, as values, feed-forward network and
+  heads read the content alone. In the content it does, in every layer, and stays by residual sums.
+- A pooled feature cannot say where the patch was: points that moved with it would only lose the
+  spread over the picture that a group of N / M queries begins with.
+- Finetuning with top-k proposals puts a token's feature in that place (`models.proposals`).
 """
 
 from dataclasses import dataclass
@@ -183,11 +194,16 @@ class PatchDetector(nn.Module):
             searched = searched * draws.keep.to(searched.device)[..., None]
             order = draws.order.to(searched.device)
         learned, batch = self.detector.learned_queries(), len(searched)
+        content, position = learned.content[order], learned.position[order]
+        if learned.reference is None:
+            content, position = content.expand(batch, -1, -1), searched + position
+        else:
+            content, position = searched + content, position.expand(batch, -1, -1)
         restricted = self.patches.attention_mask and self.patches.num_patches > 1
         return QueryGroup(
             name="patches",
-            content=learned.content[order].expand(batch, -1, -1),
-            position=searched + learned.position[order],
+            content=content,
+            position=position,
             reference=_expanded(learned.reference, order, batch),
             intra_mask=self.hidden[:num_queries, :num_queries] if restricted else None,
         )

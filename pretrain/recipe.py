@@ -77,6 +77,7 @@ class PretrainRecipe(RunRecipe):
                 "model.backbone.weights is not said; give the path or URL of a checkpoint, or "
                 "random"
             )
+        _check_tokens(self.model)
         self.check_workers()
         return self
 
@@ -109,3 +110,27 @@ def with_absolute_paths(recipe: PretrainRecipe) -> PretrainRecipe:
             "model": recipe.model.model_copy(update={"backbone": backbone}),
         }
     )
+
+
+def _check_tokens(model: DetectorSettings) -> None:
+    """Tokens are the picture's alone: no loss may ask of them which patches were cut from it."""
+    if model.two_stage:
+        raise ValueError(
+            "model.two_stage=true makes queries of the boxes that tokens propose, and tokens do "
+            "not know the patches; pretrain with model.two_stage=false, and say true when the "
+            "transformer is finetuned"
+        )
+    if model.rho is None:
+        return
+    if model.selection.criterion != "dam":
+        raise ValueError(
+            f"model.selection.criterion={model.selection.criterion} learns nothing here, as tokens "
+            "do not know the patches; pretrain with model.selection.criterion=dam, which learns "
+            "from the decoder, and finetune with any"
+        )
+    if model.selection.encoder_auxiliary:
+        raise ValueError(
+            "model.selection.encoder_auxiliary=true asks tokens for the boxes of patches, which "
+            "they do not know; pretrain with model.selection.encoder_auxiliary=false, and say true "
+            "when the transformer is finetuned"
+        )

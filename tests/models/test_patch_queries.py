@@ -14,12 +14,41 @@ from models.patch_queries import (
 )
 from tests.models.test_detector import images, settings
 
+DEFORMABLE = {
+    "encoder_attention": "deformable",
+    "decoder_attention": "deformable",
+    "feature_levels": 2,
+    "hidden_dim": 32,
+    "box_refinement": True,
+    "class_scores": "sigmoid",
+    "dropout": 0.0,
+}
+SPARSE = {
+    **DEFORMABLE,
+    "rho": 0.4,
+    "selection": {"encoder_auxiliary": False},
+}
+
 
 def model(num_queries: int = 6, **changes: object) -> PatchDetector:
     patches = QueryPatches.model_validate({"num_patches": 3} | changes)
     built = PatchDetector(
         settings(num_queries=num_queries), patches, torch.Generator().manual_seed(0)
     )
+    return built.eval()
+
+
+def deformable(kind: dict[str, object], **changes: object) -> PatchDetector:
+    """With what training moves away from zero: box heads, and where attention looks."""
+    patches = QueryPatches.model_validate({"num_patches": 3} | changes)
+    built = PatchDetector(
+        settings(num_queries=6, **kind), patches, torch.Generator().manual_seed(0)
+    )
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in built.detector.named_parameters():
+            if "sampling_offsets" in name or "attention_weights" in name or "box_head" in name:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     return built.eval()
 
 
@@ -63,6 +92,57 @@ def test_a_patch_is_searched_by_its_own_queries_only() -> None:
     after = last_boxes(built(images((64, 96), (96, 64)), changed))
     moved = (before != after).any(-1).any(0)
     assert moved.tolist() == [False, False, True, True, False, False]
+
+
+@pytest.mark.parametrize("kind", [DEFORMABLE, SPARSE])
+def test_patch_groups_do_not_see_each_other_in_a_deformable_decoder(
+    kind: dict[str, object],
+) -> None:
+    built, blind = deformable(kind), deformable(kind, attention_mask=False)
+    changed = patches()
+    changed[:, 1] += 1.0
+    pictures = images((64, 96), (96, 64))
+    for model, all_move in ((built, False), (blind, True)):
+        before, after = last_boxes(model(pictures, patches())), last_boxes(model(pictures, changed))
+        moved = (before != after).any(-1).any(0)
+        assert moved.tolist() == [all_move] * 2 + [True] * 2 + [all_move] * 2
+
+
+def test_a_deformable_query_holds_its_patch_as_content_and_looks_where_it_always_looks() -> None:
+    built = deformable(DEFORMABLE)
+    learned = built.detector.learned_queries()
+    features = built.patch_features(patches())
+    group = built.query_group(features, None)
+    searched = built.patch_projection(features[1, 2])
+    torch.testing.assert_close(group.content[1, 5], searched + learned.content[5])
+    assert group.reference is not None
+    assert learned.reference is not None
+    for picture in range(2):
+        assert torch.equal(group.position[picture], learned.position)
+        assert torch.equal(group.reference[picture], learned.reference)
+
+
+def test_shuffling_moves_content_position_and_reference_of_a_query_together() -> None:
+    built = deformable(DEFORMABLE, shuffle=True).train()
+    order = torch.tensor([5, 0, 1, 2, 3, 4])
+    features = built.patch_features(patches())
+    plain = built.query_group(features, PatchDraws(torch.zeros(2, 6).bool(), torch.arange(6)))
+    moved = built.query_group(features, PatchDraws(torch.zeros(2, 6).bool(), order))
+    assert plain.reference is not None
+    assert moved.reference is not None
+    assert torch.equal(moved.content, plain.content[:, order])
+    assert torch.equal(moved.position, plain.position[:, order])
+    assert torch.equal(moved.reference, plain.reference[:, order])
+
+
+def test_a_deformable_query_that_loses_its_patch_keeps_its_own_content() -> None:
+    built = deformable(DEFORMABLE).train()
+    keep = torch.ones(2, 6, dtype=torch.bool)
+    keep[1, 4] = False
+    group = built.query_group(built.patch_features(patches()), PatchDraws(keep, torch.arange(6)))
+    own = built.detector.learned_queries().content
+    assert torch.equal(group.content[1, 4], own[4])
+    assert not torch.equal(group.content[0, 4], own[4])
 
 
 def test_without_the_attention_mask_groups_feel_each_other() -> None:

@@ -14,7 +14,10 @@ from training.recipe import RecipeError, recipe_schema
 from training.shipped_recipes import shipped_recipes
 
 SAID = ["run=r", "data.shards=s", "model.backbone.weights=w"]
-NAMES = ("folder_r18", "imagenet_r50", "imagenet_r50_15ep", "single_query", "tiny_cpu")
+NAMES = (
+    "deformable_tiny_cpu", "folder_r18", "imagenet_deformable_r50", "imagenet_r50",
+    "imagenet_r50_15ep", "imagenet_sparse_r50", "single_query", "sparse_tiny_cpu", "tiny_cpu",
+)  # fmt: skip
 
 
 def test_these_recipes_are_shipped() -> None:
@@ -45,6 +48,53 @@ def test_imagenet_r50_is_the_public_command() -> None:
     assert recipe.losses.no_object == 0.1
 
 
+@pytest.mark.parametrize("name", ["imagenet_deformable_r50", "imagenet_sparse_r50"])
+def test_the_imagenet_recipes_of_deformable_detectors_keep_to_their_published_numbers(
+    name: str,
+) -> None:
+    recipe = recipe_of(name, SAID)
+    assert (recipe.optimiser.lr, recipe.optimiser.sampling_lr) == (2e-4, 2e-5)
+    assert (recipe.costs.classes, recipe.costs.boxes_l1, recipe.costs.giou) == (2, 5, 2)
+    assert (recipe.losses.classes, recipe.losses.boxes_l1, recipe.losses.giou) == (2, 5, 2)
+    model = recipe.model
+    assert (model.feature_levels, model.num_queries, model.feedforward_dim) == (4, 300, 1024)
+    assert (model.encoder_points, model.decoder_points) == (4, 4)
+    assert model.rho == (0.3 if name == "imagenet_sparse_r50" else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "complaint"),
+    [
+        (
+            "imagenet_deformable_r50",
+            "model.two_stage=true",
+            r"tokens do not know the patches; pretrain with model\.two_stage=false",
+        ),
+        (
+            "imagenet_sparse_r50",
+            "model.selection.encoder_auxiliary=true",
+            r"pretrain with model\.selection\.encoder_auxiliary=false",
+        ),
+        (
+            "imagenet_sparse_r50",
+            "model.selection.criterion=objectness",
+            r"criterion=objectness learns nothing here.*with model\.selection\.criterion=dam",
+        ),
+        (
+            "imagenet_sparse_r50",
+            "model.selection.criterion=random",
+            r"criterion=random learns nothing here",
+        ),
+        ("imagenet_deformable_r50", "model.num_classes=1", r"num_classes=1 has no class 1"),
+    ],
+)
+def test_what_asks_tokens_for_patches_is_refused_with_the_way_out(
+    name: str, told: str, complaint: str
+) -> None:
+    with pytest.raises(RecipeError, match=complaint):
+        recipe_of(name, [*SAID, told])
+
+
 def test_a_recipe_without_run_and_shards_names_both_and_then_the_weights() -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_of("imagenet_r50")
@@ -55,7 +105,7 @@ def test_a_recipe_without_run_and_shards_names_both_and_then_the_weights() -> No
 
 
 def test_an_unknown_recipe_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(RecipeError, match=r"'imagnet' is neither a file nor one of folder_r18, "):
+    with pytest.raises(RecipeError, match=r"'imagnet' is neither a file nor one of deformable_tiny_cpu, "):
         recipe_of("imagnet", SAID)
 
 
