@@ -63,7 +63,7 @@ class Swin(nn.Module):
         self.num_stages = num_stages
         self.channels = CHANNELS[num_stages - 1]
         self.patch_embedding = PatchEmbedding()
-        chances = iter(torch.linspace(0, drop_path, sum(DEPTHS)).tolist())
+        chances = iter(torch.linspace(0, drop_path, sum(DEPTHS), device="cpu").tolist())
         self.stages = nn.ModuleList(
             SwinStage(stage, chances, merges=stage + 1 < num_stages) for stage in range(num_stages)
         )

@@ -63,6 +63,14 @@ constants.
 """
 
 _OUR_BODY = "backbone.body."
+_NEEDED = (
+    *("transformer.level_embed", "input_proj.0.0.weight"),
+    *("class_embed.0.weight", "bbox_embed.0.layers.0.weight"),
+    "transformer.decoder.layers.0.linear1.weight",
+    "transformer.decoder.layers.0.cross_attn.attention_weights.weight",
+)
+"""Without these it is nothing of the kind."""
+
 _PRETRAINING_ONLY = ("patch_projection.*", "reconstruction.*")
 
 
@@ -250,11 +258,15 @@ def public_layout(tensors: Mapping[str, Tensor], *, source: str) -> PublicLayout
     """The layout that public tensors have.
 
     Raises:
-        WeightsError: they are cut, or some of the heads are shared and some are not.
+        WeightsError: they are of something else or cut, or some heads are shared and some are not.
     """
-    decoder_layers = count_layers(tensors, "transformer.decoder.layers.{}.norm1.weight")
-    if not decoder_layers:
-        raise WeightsError(f"{source} has no decoder layer; it is cut, or not of Deformable DETR")
+    missing = [name for name in _NEEDED if name not in tensors]
+    if missing:
+        raise WeightsError(
+            f"{source} is no Deformable DETR checkpoint: {', '.join(missing)} missing; "
+            "give one of Deformable DETR or Sparse DETR"
+        )
+    decoder_layers = count_layers(tensors, "transformer.decoder.layers.{}.linear1.weight")
     two_stage = "transformer.pos_trans.weight" in tensors
     heads = max(
         count_layers(tensors, name)

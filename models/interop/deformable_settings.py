@@ -18,17 +18,14 @@ from models.interop.deformable import is_public_swin, public_layout
 from models.interop.detr import count_layers, resnet_name
 from models.selection import SelectionSettings
 
+ProposalContent = Literal["position", "memory"]
+
 USUAL_HEADS = 8
 USUAL_QUERIES = 300
 USUAL_RHO = 0.3
 
 _ENCODER = "transformer.encoder.layers.{}."
 _DECODER = "transformer.decoder.layers.{}."
-
-_NEEDED = (
-    *("input_proj.0.0.weight", "transformer.level_embed"),
-    *("transformer.decoder.layers.0.cross_attn.attention_weights.weight",),
-)
 
 
 def deformable_settings(
@@ -45,17 +42,12 @@ def deformable_settings(
     Raises:
         WeightsError: the tensors are not those of a Deformable or Sparse DETR.
     """
-    missing = [name for name in _NEEDED if name not in tensors]
-    if missing:
-        raise WeightsError(
-            f"{source} is no Deformable DETR checkpoint: {', '.join(missing)} missing; "
-            "give one of Deformable DETR or Sparse DETR"
-        )
     layout = public_layout(tensors, source=source)
     told = _Told(arguments or {})
     heads = told.number("nheads", "num_heads", USUAL_HEADS)
     hidden_dim = len(tensors["input_proj.0.0.weight"])
     encoder_layers = count_layers(tensors, _ENCODER + "norm1.weight")
+    content = _content(tensors, hidden_dim)
     rho = _rho(tensors, told)
     settings = DetectorSettings(
         backbone=_backbone(tensors, told, source, train_backbone),
@@ -71,8 +63,8 @@ def deformable_settings(
         decoder_points=_points(tensors, _DECODER + "cross_attn.", heads * layout.levels, source),
         box_refinement=layout.box_refinement,
         two_stage=layout.two_stage,
-        proposal_content=_content(tensors, hidden_dim),
-        proposal_classes=_proposal_classes(tensors, told, hidden_dim),
+        proposal_content=content,
+        proposal_classes=_proposal_classes(told, content),
         rho=rho,
         selection=SelectionSettings(
             encoder_auxiliary=layout.encoder_heads > 0 or encoder_layers < 2 or rho is None
@@ -142,16 +134,14 @@ def _points(
     return rows // samples_per_point
 
 
-def _content(tensors: Mapping[str, Tensor], hidden_dim: int) -> Literal["position", "memory"]:
+def _content(tensors: Mapping[str, Tensor], hidden_dim: int) -> ProposalContent:
     projection = tensors.get("transformer.pos_trans.weight")
     return "memory" if projection is not None and len(projection) == hidden_dim else "position"
 
 
-def _proposal_classes(
-    tensors: Mapping[str, Tensor], told: _Told, hidden_dim: int
-) -> Literal["binary", "all"]:
+def _proposal_classes(told: _Told, content: ProposalContent) -> Literal["binary", "all"]:
     """Deformable DETR knows "binary" alone; with Sparse DETR's queries either is possible."""
-    if _content(tensors, hidden_dim) == "position":
+    if content == "position" and "eff_specific_head" not in told.arguments:
         return "binary"
     return "all" if told.switch("eff_specific_head", "proposal_classes", True) else "binary"
 

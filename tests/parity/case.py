@@ -18,7 +18,8 @@ GRADIENT_TOLERANCE = 2e-3
 
 _SERVING = {
     *("loss_names", "loss_values", "loss_weights", "loss_total", "loss_boxes_total"),
-    *("grad_names", "grad_norms", "grad_norms_boxes", "grad_norm_total"),
+    *("grad_names", "grad_norms", "grad_norms_boxes", "grad_norms_mask_prediction"),
+    *("grad_norm_total",),
     *("keep", "order", "pred_feature_queries"),
 }
 """Arrays that are read together or that describe others."""
@@ -103,7 +104,10 @@ def compare_values(
     tolerance: float,
     floor: float | None = None,
 ) -> Finding:
-    """The largest difference and its place; with `floor` relative to max(expected, floor)."""
+    """The largest difference and its place; with `floor` relative to max(expected, floor).
+
+    NaN differs from every number and is like NaN: a ratio whose whole is nothing.
+    """
     values = got.detach().numpy() if isinstance(got, Tensor) else got
     if values.shape != expected.shape:
         shapes = f"{name}: shape {values.shape}, expected {expected.shape}"
@@ -113,7 +117,8 @@ def compare_values(
     difference = np.abs(values.astype(np.float64) - expected.astype(np.float64))
     if floor is not None:
         difference /= np.maximum(np.abs(expected), floor)
-    difference = np.nan_to_num(difference, nan=np.inf)
+    alike = np.isnan(values) & np.isnan(expected)
+    difference = np.where(alike, 0.0, np.nan_to_num(difference, nan=np.inf))
     place = np.unravel_index(difference.argmax(), difference.shape)
     where = f"{name}{[int(i) for i in place]}" if place else name
     return Finding(group, float(difference[place]), tolerance, where)

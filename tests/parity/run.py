@@ -17,6 +17,8 @@ from tests.parity.deformable import run_deformable
 from tests.parity.detector import run_detector, run_patch_detector
 from tests.parity.panoptic import run_panoptic
 
+_DEFORMABLE = ("deformable_detr", "efficient_detr", "sparse_detr")
+
 
 def run_all(folder: Path) -> bool:
     """Run and print every case of a folder; True where all ran and kept their tolerances."""
@@ -35,7 +37,7 @@ def _runner(case: Case) -> Iterator[Finding]:
     kind = case.model
     if kind.startswith(("detr_", "updetr_finetune_")):
         return run_detector(case)
-    if kind.startswith(("deformable_detr_", "sparse_detr_")):
+    if any(name in kind for name in _DEFORMABLE):
         return run_deformable(case)
     if kind.startswith("updetr_pretrain_"):
         return run_patch_detector(case)

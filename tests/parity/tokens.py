@@ -5,6 +5,7 @@ order, since near ties may come the other way round.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from models.deformable_attention import DeformableAttention
 from models.detector import Detector
 from models.proposals import best_proposals
-from models.structures import DetectorOutput, Images, Memory, SampledAttention, TokenPredictions
+from models.selection_losses import correlation, decoder_attention_map, most_read
+from models.structures import (
+    DetectorOutput,
+    Images,
+    Memory,
+    SampledAttention,
+    TokenPredictions,
+    TokenSelection,
+)
 from models.transformer import Cells
 from tests.parity.case import OUTPUT_TOLERANCE, Case, Finding, compare, compare_values
 
@@ -176,6 +185,28 @@ def compare_selection(
     scores = memory.selection.scores
     shown = torch.where(memory.padding, scores.amin(), scores)
     yield from compare("selection", "mask_prediction", shown, case)
+    attention_map = decoder_attention_map(output, legacy_dam=True)
+    assert attention_map is not None
+    if "dam" in case.arrays:
+        expected = case.arrays["dam"]
+        yield compare_values("selection", "dam", attention_map, expected, OUTPUT_TOLERANCE, 1.0)
+    if "dam_target" in case.arrays:
+        wanted = most_read(attention_map, memory.padding, memory.selection)
+        odd = wanted.numpy() != (case.arrays["dam_target"] != 0)
+        yield Finding("selection", float(odd.sum()), 0, "dam_target")
+    shares = [_corr(attention_map, memory, picture) for picture in range(len(counts))]
+    yield from compare("selection", "corr", torch.stack(shares, dim=1), case)
+
+
+def _corr(attention_map: Tensor, memory: Memory, picture: int) -> Tensor:
+    """Corr of one picture, over all levels and of each."""
+    assert memory.selection is not None
+    here = slice(picture, picture + 1)
+    selection = memory.selection
+    alone = TokenSelection(selection.indices[here], selection.kept[here], None)
+    of_picture = replace(memory, padding=memory.padding[here])
+    shares = correlation(attention_map[here], of_picture, alone, legacy_padding=True)
+    return torch.stack(list(shares.values()))
 
 
 def _level_embeddings(model: Detector, memory: Memory) -> Tensor:
