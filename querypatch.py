@@ -212,7 +212,7 @@ def recipe_list() -> None:
     from cluster.stages import list_recipes
 
     for name, line in list_recipes().items():
-        typer.echo(f"{name:34} {line}")
+        typer.echo(f"{name:50} {line}")
 
 
 @recipe_app.command("show")

@@ -15,9 +15,26 @@ NAMES = (
     "coco_low_label", "coco_panoptic_r50", "coco_r50", "coco_r50_150ep", "one_shot_tiny_cpu",
     "one_shot_voc_r50", "own_data", "tiny_cpu", "voc_few", "voc_r50", "voc_r50_150ep",
 )  # fmt: skip
-"""Each with a twin from scratch."""
-WITHOUT_TWIN = ("coco_panoptic_masks",)
-"""A mask head is never trained on anything but a finished detector."""
+"""Of DETR, each with a twin from scratch."""
+DEFORMABLE = (
+    "coco_deformable_r50", "coco_deformable_r50_refine", "coco_deformable_r50_two_stage",
+    "voc_deformable_r50", "deformable_tiny_cpu", "coco_sparse_r50", "coco_sparse_swin_t",
+    "voc_sparse_r50", "sparse_tiny_cpu",
+)  # fmt: skip
+"""Of Deformable and Sparse DETR, the same."""
+WITHOUT_TWIN = (
+    "coco_panoptic_masks",
+    "coco_deformable_r50_dc5_scratch",
+    "coco_deformable_r50_single_scale_scratch",
+)
+"""A mask head is never trained on anything but a finished detector; how many maps a pretrained
+transformer reads is its own affair.
+"""
+ASKED = {
+    *("encoder_attention", "decoder_attention", "class_scores", "box_refinement", "two_stage"),
+    *("num_queries", "proposal_content", "proposal_classes", "rho", "selection"),
+}
+"""How a pretrained transformer is asked."""
 LOW_LABEL = ("coco_low_label", "voc_few")
 SAID = ("run=r", "data.train=t")
 
@@ -37,7 +54,8 @@ def loaded(name: str, *overrides: str) -> FinetuneRecipe:
 
 
 def test_these_recipes_are_shipped() -> None:
-    twins = sorted([*NAMES, *WITHOUT_TWIN, *(f"{name}_scratch" for name in NAMES)])
+    pairs = (*NAMES, *DEFORMABLE)
+    twins = sorted([*pairs, *WITHOUT_TWIN, *(f"{name}_scratch" for name in pairs)])
     assert sorted(shipped_recipes(RECIPES)) == twins
     assert {f"finetune/{name}" for name in twins} <= list_recipes().keys()
 
@@ -52,7 +70,7 @@ def test_the_header_of_a_recipe_says_hardware_time_result_and_command(name: str)
     assert ("init=" in header) != name.endswith("_scratch")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *DEFORMABLE])
 def test_a_twin_from_scratch_differs_in_weights_and_architecture_alone(name: str) -> None:
     ours, theirs = pretrained(name).model_dump(), from_scratch(name).model_dump()
     differing = {key for key in ours if ours[key] != theirs[key]}
@@ -67,6 +85,41 @@ def test_the_architecture_of_a_pretrained_one_is_left_to_its_weights(name: str) 
     assert model.model_fields_set <= {"backbone", "dropout"}
     assert model.backbone.model_fields_set <= {"train", "weights"}
     assert model.backbone.weights is None
+
+
+@pytest.mark.parametrize("name", DEFORMABLE)
+def test_a_deformable_recipe_says_how_the_transformer_is_asked_and_not_what_it_is(
+    name: str,
+) -> None:
+    model, twin = pretrained(name).model, from_scratch(name).model
+    assert model.model_fields_set <= {"backbone", "dropout", *ASKED}
+    assert model.backbone.model_fields_set <= {"train", "weights"}
+    assert (model.encoder_attention, model.class_scores) == ("deformable", "sigmoid")
+    for key in model.model_fields_set - {"backbone"}:
+        assert getattr(model, key) == getattr(twin, key)
+
+
+def test_recipes_of_deformable_and_sparse_detr_are_those_of_the_public_code() -> None:
+    for name in DEFORMABLE:
+        recipe = from_scratch(name)
+        assert (recipe.costs.classes, recipe.losses.classes) == (2, 2)
+        if name.endswith("tiny_cpu"):
+            continue
+        rates = recipe.optimiser
+        assert (rates.lr, rates.backbone_lr, rates.sampling_lr) == (2e-4, 2e-5, 2e-5)
+        assert (rates.weight_decay, rates.clip_norm) == (1e-4, 0.1)
+        assert (recipe.loop.epochs, recipe.schedule.drop_at) == (50, (40,))
+        assert recipe.global_batch == (32 if name.startswith("coco_deformable") else 16)
+        model = recipe.model
+        assert (model.feature_levels, model.encoder_points, model.decoder_points) == (4, 4, 4)
+        assert (model.num_queries, model.feedforward_dim, model.dropout) == (300, 1024, 0.1)
+        is_sparse = "sparse" in name
+        assert model.rho == (0.3 if is_sparse else None)
+        if is_sparse:
+            assert (model.proposal_content, model.proposal_classes) == ("memory", "all")
+            assert (model.two_stage, model.selection.encoder_auxiliary) == (True, True)
+    dc5 = loaded("coco_deformable_r50_dc5_scratch", *SAID, "model.backbone.weights=w").model
+    assert (dc5.feature_levels, dc5.backbone.dilation) == (1, True)
 
 
 @pytest.mark.parametrize("name", [*LOW_LABEL, *(f"{name}_scratch" for name in LOW_LABEL)])
