@@ -25,6 +25,7 @@ from finetune.one_shot_weights import finished_one_shot
 from finetune.panoptic_evaluation import PanopticEvaluation, evaluate_panoptic
 from finetune.panoptic_postprocess import SegmentSettings
 from finetune.panoptic_weights import build_panoptic
+from finetune.use_overrides import is_of_model, used_with
 from models.artefact import Artefact
 from models.structures import Classes
 from training.recipe import load_recipe
@@ -64,8 +65,8 @@ def judge_weights(
 ) -> Judged:
     """The evaluation of the weights in a file, folder or run on the labelled set at `data_url`.
 
-    `overrides` are `key=value` of `JudgeSettings`; `kind` and `pictures` are those of
-    `open_detection_set`. Pictures have the size that the weights were
+    `overrides` are `key=value` of `JudgeSettings`, or `model.key=value` as for `used_with`; `kind`
+    and `pictures` are those of `open_detection_set`. Pictures have the size that the weights were
     made for, where `sizes` is not among them.
 
     Raises:
@@ -74,8 +75,9 @@ def judge_weights(
         SourceError: the data are not what they are said to be.
         ValueError: no class in common, or classes that cannot be told.
     """
-    settings = load_recipe(JudgeSettings, {}, overrides)
-    artefact = open_weights(source)
+    of_model = [text for text in overrides if is_of_model(text)]
+    settings = load_recipe(JudgeSettings, {}, [text for text in overrides if text not in of_model])
+    artefact = used_with(open_weights(source), of_model)
     data = open_detection_set(data_url, kind=kind, pictures=pictures)
     fitting = settings.model_copy(update={"sizes": _sizes(artefact, settings)})
     return _told(_judged(artefact, data, fitting, device, progress))

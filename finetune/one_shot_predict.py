@@ -65,7 +65,9 @@ def find_all(
     """
     batch, num_crops = len(images.sizes), features.shape[1]
     memory = model.detector.encode(images)
-    found = [matches_only(layer) for layer in search(model, memory, features.expand(batch, -1, -1))]
+    scores = model.detector.settings.class_scores
+    layers = search(model, memory, features.expand(batch, -1, -1))
+    found = [matches_only(layer, scores) for layer in layers]
     logits = torch.cat([_spread(layer.logits, n, num_crops) for n, layer in enumerate(found)], 1)
     return LayerOutput(
         hidden=torch.cat([layer.hidden for layer in found], 1),

@@ -185,7 +185,9 @@ def _found(
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         memory = model.detector.encode(batch.images)
         layers = search(model, memory, features.to(device))
-    return [picture_detections(matches_only(layer), batch.stored_sizes) for layer in layers]
+    scores = model.detector.settings.class_scores
+    found = (matches_only(layer, scores) for layer in layers)
+    return [picture_detections(layer, batch.stored_sizes) for layer in found]
 
 
 def _surest(found: PictureDetections, count: int) -> PictureDetections:

@@ -11,12 +11,13 @@ from data.detection_set import DetectionSet
 from data.one_shot_content import one_shot_set, seen_labels
 from data.query_crops import list_objects
 from data.set_annotations import set_annotations
-from finetune.objective import DetectionObjective
+from finetune.objective import AS_DETR, DetectionObjective
 from finetune.one_shot_evaluation import evaluate_one_shot, one_shot_test
 from finetune.one_shot_report import one_shot_json
 from finetune.one_shot_weights import initial_one_shot
 from finetune.recipe import FinetuneRecipe
 from finetune.task import Judgement, Scoring, Task, TaskSets
+from models.detection_losses import Supervision, supervision_of
 from models.interop.placing import LoadReport
 from models.losses import LossWeights
 from models.matching import MatchingCosts
@@ -52,7 +53,9 @@ def one_shot_task(
         kind="one_shot",
         content=content,
         to_device=detection_to_device,
-        objective=OneShotObjective(recipe.costs, recipe.losses, world),
+        objective=OneShotObjective(
+            recipe.costs, recipe.losses, world, supervision_of(model.detector.settings)
+        ),
         evaluate=_evaluation(recipe, sets.validation, world),
         pictures=pictures,
     )
@@ -74,6 +77,7 @@ class OneShotObjective:
     costs: MatchingCosts
     weights: LossWeights
     world: World
+    supervision: Supervision = AS_DETR
 
     def __call__(
         self,
@@ -83,7 +87,7 @@ class OneShotObjective:
     ) -> Losses:
         """The losses of one step; predictions that are not finite give a total of NaN."""
         output: PatchOutput = model(batch.images, batch.query_patches)
-        detection = DetectionObjective(self.costs, self.weights, self.world)
+        detection = DetectionObjective(self.costs, self.weights, self.world, self.supervision)
         return detection.losses(output.detection, batch)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from finetune.artefacts import bare_tensors, build_detector
 from models.artefact import Artefact
+from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.mask_head import MaskHeadSettings, PanopticDetector
 
@@ -26,6 +27,15 @@ def build_panoptic(artefact: Artefact) -> PanopticDetector:
     model = PanopticDetector(build_detector(artefact), settings, torch.Generator())
     load_mask_head(model, artefact)
     return model.eval()
+
+
+def check_dense(settings: DetectorSettings) -> None:
+    """Raises WeightsError for a detector that a mask head cannot go on."""
+    if "deformable" in (settings.encoder_attention, settings.decoder_attention):
+        raise WeightsError(
+            "task=panoptic: a mask head reads dense attention to one feature map, which deformable "
+            "attention has not; give init= a DETR detector (dense attention)"
+        )
 
 
 def load_mask_head(

@@ -20,6 +20,7 @@ from finetune.keeping import Keeper, Metadata, history_of
 from finetune.one_shot_task import check_unseen, one_shot_task
 from finetune.one_shot_weights import resolve_one_shot_model
 from finetune.panoptic_task import panoptic_task
+from finetune.panoptic_weights import check_dense
 from finetune.recipe import FinetuneRecipe
 from finetune.sets import SUBSET, open_sets
 from finetune.task import Task, TaskSets
@@ -91,7 +92,10 @@ def checked_recipe(
 def _resolved(recipe: FinetuneRecipe, classes: Classes) -> DetectorSettings:
     if recipe.task == "one_shot":
         return resolve_one_shot_model(recipe.model, recipe.init)
-    return resolve_model(recipe.model, recipe.init, classes)
+    model = resolve_model(recipe.model, recipe.init, classes)
+    if recipe.task == "panoptic":
+        check_dense(model)
+    return model
 
 
 def _run(recipe: FinetuneRecipe, host: Host, sets: TaskSets, task: Task[P]) -> Position:

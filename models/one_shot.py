@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.detector_settings import DetectorSettings
+from models.matching import ClassScores
 from models.patch_queries import PatchDetector, QueryPatches
 from models.structures import LayerOutput, Memory
 
@@ -29,15 +30,7 @@ ONE_CROP = QueryPatches(num_patches=1, attention_mask=False, mask_ratio=0.0, rec
 
 
 def one_shot_settings(settings: DetectorSettings) -> DetectorSettings:
-    """The settings with the labels of one-shot detection.
-
-    ValueError for another class count and for sigmoid scores.
-    """
-    if settings.class_scores != "softmax":
-        raise ValueError(
-            f"class_scores={settings.class_scores}: one-shot detection has softmax scores alone; "
-            "use class_scores=softmax"
-        )
+    """The settings with the labels of one-shot detection; ValueError for another class count."""
     if settings.num_classes not in (None, NUM_CLASSES):
         raise ValueError(
             f"num_classes={settings.num_classes}: one-shot detection has {NUM_CLASSES} labels, a "
@@ -65,11 +58,15 @@ def search(
     return tuple(group.layers[-1] for group in model.detector.decode(memory, groups).groups)
 
 
-def matches_only(layer: LayerOutput) -> LayerOutput:
-    """The same answer with two logits, "matches" (label 0) and everything else.
+def matches_only(layer: LayerOutput, class_scores: ClassScores) -> LayerOutput:
+    """The same answer with two logits of a softmax, "matches" (label 0) and everything else.
 
-    The probability of "matches" stays exactly that of the softmax over all three.
+    The probability of "matches" stays what it is: that of the softmax over all three, or its own
+    sigmoid.
     """
+    if class_scores == "sigmoid":
+        match = layer.logits[..., MATCHES]
+        return replace(layer, logits=torch.stack((match, torch.zeros_like(match)), dim=-1))
     others = [label for label in range(NUM_CLASSES + 1) if label != MATCHES]
     rest = layer.logits[..., others].logsumexp(-1)
     logits = torch.stack((layer.logits[..., MATCHES], rest), dim=-1)

@@ -71,7 +71,19 @@ def test_another_class_count_is_refused() -> None:
 @torch.no_grad()
 def test_two_logits_say_the_probability_of_a_match_that_three_say() -> None:
     layer = model()(images((64, 96)), crops(1, batch=1)).detection.groups[0].layers[-1]
-    two = matches_only(layer)
+    two = matches_only(layer, "softmax")
     assert two.logits.shape[-1] == 2
     torch.testing.assert_close(two.logits.softmax(-1)[..., 0], layer.logits.softmax(-1)[..., 1])
     assert two.boxes is layer.boxes
+
+
+@torch.no_grad()
+def test_sigmoid_scores_keep_the_probability_of_a_match() -> None:
+    """Two logits instead of three: a deformable transformer of pretraining says yes or no."""
+    built = one_shot_detector(
+        settings(num_classes=None, class_scores="sigmoid"), torch.Generator().manual_seed(0)
+    )
+    layer = built.eval()(images((64, 96)), crops(1, batch=1)).detection.groups[0].layers[-1]
+    assert layer.logits.shape[-1] == 2
+    two = matches_only(layer, "sigmoid").logits.softmax(-1)[..., 0]
+    torch.testing.assert_close(two, layer.logits[..., MATCHES].sigmoid())
