@@ -75,14 +75,16 @@ def select_tokens(
     """The int(rho * v) + 1 best of each picture's v unpadded tokens, v at the most.
 
     `beyond_valid` lifts that limit, as the released code does: at rho = 1 it then keeps a token of
-    padding. The number of a batch's fullest picture is read back, once.
+    padding, which ranks there like the worst of the batch. The number of a batch's fullest picture
+    is read back, once.
     """
     valid = (~padding).sum(1)
     counts = (valid * rho).int() + 1
     if not beyond_valid:
         counts = torch.minimum(counts, valid)
     most = min(int(counts.max()), padding.shape[1])
-    best = ranking.masked_fill(padding, -math.inf).topk(most, dim=1).indices
+    last = ranking.amin() if beyond_valid else -math.inf
+    best = ranking.masked_fill(padding, last).topk(most, dim=1).indices
     kept = torch.arange(most, device=padding.device) < counts[:, None]
     indices, order = best.sort(dim=1)
     return TokenSelection(indices, kept.gather(1, order), scores)
