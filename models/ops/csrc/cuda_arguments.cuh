@@ -5,8 +5,9 @@ namespace querypatch {
 namespace cuda {
 
 constexpr int max_levels = 64;
-constexpr int warps_per_block = 4;
 constexpr int lanes_per_warp = 32;
+constexpr int max_warps_per_block = 4;
+constexpr int max_threads_per_block = max_warps_per_block * lanes_per_warp;
 
 struct LevelSize {
   int rows;
@@ -53,6 +54,11 @@ constexpr int lanes_per_head(int channels, int value_bytes) {
   const int lanes = bytes / 16;
   const bool even = bytes % 16 == 0 && lanes >= 1 && lanes <= lanes_per_warp;
   return even && (lanes & (lanes - 1)) == 0 ? lanes : 0;
+}
+
+// Heads with few lanes are many in a block, and each needs its room in shared memory.
+constexpr int warps_per_block(int lanes_of_a_head) {
+  return lanes_of_a_head < max_warps_per_block ? lanes_of_a_head : max_warps_per_block;
 }
 
 // Samples of a head that the kernels with fixed numbers keep at once.

@@ -1,8 +1,8 @@
 // Gradients of the values, the points and the weights from the gradient of the output.
 //
-// With g the gradient of a head's output and v its four corner values, all that is needed of a sample
-// are the four products g.v: its weight's gradient is their bilinear mean, its location's gradients
-// are their differences, and each corner of the values receives its weight times g.
+// With g the gradient of a head's output and v its four corner values, all that is needed of a
+// sample are the four products g.v: its weight's gradient is their bilinear mean, its location's
+// gradients are their differences, and each corner of the values receives its weight times g.
 #pragma once
 
 #include "cuda_forward.cuh"
@@ -29,8 +29,8 @@ __device__ __forceinline__ void scatter(void* sums, long long index, typename Sh
   }
 }
 
-// The four products of a sample, each summed over the lanes of the head, onto the board. Lanes halve
-// the numbers they carry while there is more than one: three shuffles where there were eight.
+// The four products of a sample, each summed over the lanes of the head, onto the board. Lanes
+// halve the numbers they carry while there is more than one: three shuffles where there were eight.
 template <class Shape>
 __device__ __forceinline__ void write_dots(const Place& at,
                                            const typename Shape::Real (&dot)[4],
@@ -136,7 +136,8 @@ __device__ __forceinline__ void visit(const Arguments& a, const Head<Shape>& hea
 
 // The products of one sample over all channels of the head, onto the board.
 template <class Shape, bool whole>
-__device__ __forceinline__ void visit_all(const Arguments& a, const Head<Shape>& head, bool scatters,
+__device__ __forceinline__ void visit_all(const Arguments& a, const Head<Shape>& head,
+                                          bool scatters,
                                           const typename Shape::Real (&g)[Shape::vector], int spot,
                                           Board<Shape, true>& board) {
   const int slot = head.at.slot;
@@ -242,7 +243,7 @@ __device__ __forceinline__ void backward(const Arguments& a) {
     const bool finds_mean = attention.wanted && (turn == 0 || !two_turns);
     for (int first = 0; first < samples; first += Shape::board) {
       const int count = write_board<Shape, true>(a, at, first, attention, board, views, own);
-#pragma unroll(Shape::unroll_backward)
+#pragma unroll(Shape::unroll)
       for (int i = 0; i < (Shape::any ? count : Shape::board); i++)
         visit_all<Shape, whole>(a, head, head.scatters && turn == 1, g, i, board);
       __syncwarp();

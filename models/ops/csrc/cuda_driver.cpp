@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -42,14 +43,14 @@ template <class Signature>
 void take(void* library, const char* name, Signature& function) {
   function = reinterpret_cast<Signature>(dlsym(library, name));
   if (!function)
-    throw Error(std::string("querypatch: this NVIDIA driver lacks ") + name +
+    throw Error(std::string("this NVIDIA driver lacks ") + name +
                 "; update it to one for CUDA 12 or newer");
 }
 
 Driver open_driver() {
   void* library = dlopen(QUERYPATCH_LIBCUDA, RTLD_NOW);
   if (!library)
-    throw Error(std::string("querypatch: the NVIDIA driver cannot be opened (") + dlerror() +
+    throw Error(std::string("the NVIDIA driver cannot be opened (") + dlerror() +
                 "); install it, or move the tensors to the CPU");
   Driver driver;
   take(library, "cuInit", driver.init);
@@ -78,7 +79,7 @@ void check(Status status, const std::string& what) {
   if (status == 0) return;
   const char* text = nullptr;
   driver().error_text(status, &text);
-  throw Error("querypatch: CUDA could not " + what + ": " + (text ? text : "unknown error") + " (" +
+  throw Error("CUDA could not " + what + ": " + (text ? text : "unknown error") + " (" +
               std::to_string(status) + ")");
 }
 
@@ -235,22 +236,23 @@ void* find_kernel(int32_t device, const std::string& name, const std::string& co
     if (!own_modules.count(key)) own_modules[key] = load(cubin.data(), compiled_by);
   }
   const Function function = known_kernel(device, architecture, name, compiled_by);
-  if (!function) throw Error("querypatch: " + compiled_by + " has no kernel " + name);
+  if (!function) throw Error(compiled_by + " has no kernel " + name);
   return function;
 }
 
-void launch(void* kernel, int64_t blocks, int64_t images, Arguments arguments, void* stream) {
+void launch(void* kernel, Grid grid, Arguments arguments, void* stream) {
   constexpr int64_t most_images = 65535;  // of blockIdx.y
   constexpr int64_t most_blocks = 2147483647;
-  if (blocks > most_blocks)
-    throw Error("querypatch: blocks=" + std::to_string(blocks) +
+  if (grid.blocks > most_blocks)
+    throw Error("blocks=" + std::to_string(grid.blocks) +
                 " are more than a launch takes (2147483647); call with fewer queries at once");
-  for (int64_t image = 0; blocks > 0 && image < images; image += most_images) {
-    const int64_t now = images - image < most_images ? images - image : most_images;
+  for (int64_t image = 0; grid.blocks > 0 && image < grid.images; image += most_images) {
+    const int64_t now = std::min(grid.images - image, most_images);
     arguments.first_image = static_cast<int>(image);
     void* parameters[] = {&arguments};
-    check(driver().launch(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(now), 1,
-                          warps_per_block * lanes_per_warp, 1, 1, 0, stream, parameters, nullptr),
+    check(driver().launch(kernel, static_cast<unsigned>(grid.blocks), static_cast<unsigned>(now), 1,
+                          static_cast<unsigned>(grid.threads), 1, 1, 0, stream, parameters,
+                          nullptr),
           "launch a kernel");
   }
 }
@@ -259,21 +261,6 @@ void fill_zero(void* data, int64_t bytes, void* stream) {
   if (!data || bytes <= 0) return;
   check(driver().fill(reinterpret_cast<uint64_t>(data), 0, static_cast<size_t>(bytes), stream),
         "fill " + std::to_string(bytes) + " bytes with zeros");
-}
-
-void* current_stream(int32_t device) {
-  using Ask = int32_t (*)(int32_t, void**);
-  // Whoever has CUDA tensors has loaded this library; linking to it would shut out CPU builds of torch.
-  static void* const torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-  if (!torch_cuda)
-    throw Error("querypatch: libtorch_cuda.so is not loaded; CUDA tensors need torch built for CUDA");
-  static const Ask ask =
-      reinterpret_cast<Ask>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
-  void* stream = nullptr;
-  if (!ask || ask(device, &stream))
-    throw Error("querypatch: torch did not say the current stream of cuda:" +
-                std::to_string(device));
-  return stream;
 }
 
 }  // namespace querypatch::cuda

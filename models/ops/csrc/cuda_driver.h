@@ -1,5 +1,5 @@
-// The CUDA driver without CUDA's headers or libraries: opened at first use, so that one library serves
-// machines with and without a GPU.
+// The CUDA driver without CUDA's headers or libraries: opened at first use, so that one library
+// serves machines with and without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -25,23 +25,26 @@ class Context {
   Context& operator=(const Context&) = delete;
 };
 
-// A kernel by its name in cuda_kernels.cu. `compiled_by` is what NVRTC is to compile it from, where no
-// embedded machine code has it. nullptr where neither has it; `why` then says so. Kept per device.
+// A kernel by its name in cuda_kernels.cu. `compiled_by` is what NVRTC is to compile it from, where
+// no embedded machine code has it. nullptr where neither has it; `why` then says so. Kept per
+// device.
 void* find_kernel(int32_t device, const std::string& name, const std::string& compiled_by,
                   std::string& why);
 
-// `images` in blockIdx.y, `blocks` for each in blockIdx.x.
-void launch(void* kernel, int64_t blocks, int64_t images, Arguments arguments, void* stream);
+struct Grid {
+  int64_t blocks;  // of each image, in blockIdx.x
+  int64_t images;  // in blockIdx.y
+  int32_t threads = max_threads_per_block;
+};
+
+void launch(void* kernel, Grid grid, Arguments arguments, void* stream);
 
 void fill_zero(void* data, int64_t bytes, void* stream);
 
-// The stream that torch would use on the device.
-void* current_stream(int32_t device);
-
 }  // namespace querypatch::cuda
 
-// How Python's models/ops/nvrtc.py lends its compiler. The compiler answers from within its call, by
-// one of the two functions below it; no answer is an error too.
+// How Python's models/ops/nvrtc.py lends its compiler. The compiler answers from within its call,
+// by one of the two functions below it; no answer is an error too.
 using QuerypatchCompiler = void (*)(const char* kernels, int32_t architecture);
 QUERYPATCH_EXPORT void querypatch_cuda_set_compiler(QuerypatchCompiler compiler);
 QUERYPATCH_EXPORT void querypatch_cuda_accept(const void* cubin, uint64_t size);

@@ -47,8 +47,10 @@ __device__ __forceinline__ void sum_references(const Arguments& a) {
       y_sum += y;
       if (a.coordinates == 2) continue;
       // A sample that lies nowhere has no slope, whatever its offset: 0 times NaN would be NaN.
-      if (x != 0) width_sum = fused(x, read_tagged<Real>(a.points, i, a.point_tag), width_sum);
-      if (y != 0) height_sum = fused(y, read_tagged<Real>(a.points, i + 1, a.point_tag), height_sum);
+      const Real right = read_tagged<Real>(a.points, i, a.point_tag);
+      const Real down = read_tagged<Real>(a.points, i + 1, a.point_tag);
+      if (x != 0) width_sum = fused(x, right, width_sum);
+      if (y != 0) height_sum = fused(y, down, height_sum);
     }
   }
   const Real reach = static_cast<Real>(0.5) / static_cast<Real>(a.points_per_level);

@@ -53,16 +53,10 @@ __device__ __forceinline__ void forward(const Arguments& a) {
     Real sum[Shape::vector] = {};
     for (int first = 0; first < samples; first += Shape::board) {
       const int count = write_board<Shape, false>(a, at, first, attention, board, views, own);
-      if constexpr (Shape::any) {
-        for (int i = 0; i < count; i++)
-          add_sample<Shape>(tokens, bytes_per_token, board.tokens[at.slot][i],
-                            board.weights[at.slot][i], sum);
-      } else {
-#pragma unroll
-        for (int i = 0; i < Shape::samples; i++)
-          add_sample<Shape>(tokens, bytes_per_token, board.tokens[at.slot][i],
-                            board.weights[at.slot][i], sum);
-      }
+#pragma unroll(Shape::unroll)
+      for (int i = 0; i < (Shape::any ? count : Shape::board); i++)
+        add_sample<Shape>(tokens, bytes_per_token, board.tokens[at.slot][i],
+                          board.weights[at.slot][i], sum);
     }
     if (at.active && there) write_many<typename Shape::Value, Shape::vector>(output + channel, sum);
     if constexpr (!Shape::any) break;

@@ -1,13 +1,14 @@
-// Multi-scale deformable attention on CUDA devices: forward, backward, and what the backward leaves.
+// Multi-scale deformable attention on CUDA devices: forward, backward, and what the backward
+// leaves.
 //
-// Deformable DETR (Zhu et al., ICLR 2021), equation 3; models/ops/reference.py says what is computed.
-// The public kernel gives each channel a thread, which works out its samples' places again and loads
-// 4 bytes; here a sample's place is worked out once and 16 bytes are loaded, and the softmax and the
-// sum of reference point and offset happen in registers. The gradient of the values is added in
-// float32 whatever their type, four neighbours by one instruction from sm_90 on.
+// Deformable DETR (Zhu et al., ICLR 2021), equation 3; models/ops/reference.py says what is
+// computed. The public kernel gives each channel a thread, which works out its samples' places
+// again and loads 4 bytes; here a sample's place is worked out once and 16 bytes are loaded, and
+// the softmax and the sum of reference point and offset happen in registers. The gradient of the
+// values is added in float32 whatever their type, four neighbours by one instruction from sm_90 on.
 //
-// nvcc compiles this file at build time where it is, NVRTC at first use where it is not; the names at
-// the end say which kernels. No header of CUDA is needed.
+// nvcc compiles this file at build time where it is, NVRTC at first use where it is not; the names
+// at the end say which kernels. No header of CUDA is needed.
 #include "cuda_arguments.cuh"
 #include "cuda_numbers.cuh"
 #include "cuda_sampling.cuh"
@@ -16,55 +17,41 @@
 #include "cuda_whole.cuh"
 #include "cuda_finish.cuh"
 
+#define QUERYPATCH_SAMPLING(SHAPE) \
+  __global__ void __launch_bounds__(SHAPE::threads, SHAPE::resident_threads / SHAPE::threads)
+#define QUERYPATCH_PLAIN __global__ void __launch_bounds__(max_threads_per_block, 4)
+
 // One shape's kernels: QUERYPATCH_FIXED(value, point, weight, channels, levels, points).
-#define QUERYPATCH_FIXED(V, P, W, C, L, N)                                                      \
-  extern "C" __global__ void __launch_bounds__(128)                                             \
-      forward_##V##_##P##_##W##_##C##_##L##_##N(const querypatch::cuda::Arguments a) {          \
-    using namespace querypatch::cuda;                                                           \
-    forward<Fixed<V, P, W, C, L, N>>(a);                                                        \
-  }                                                                                             \
-  extern "C" __global__ void __launch_bounds__(128)                                             \
-      backward_##V##_##P##_##W##_##C##_##L##_##N(const querypatch::cuda::Arguments a) {         \
-    using namespace querypatch::cuda;                                                           \
-    backward<Fixed<V, P, W, C, L, N>, false>(a);                                                \
+#define QUERYPATCH_FIXED(V, P, W, C, L, N)                                                        \
+  using Fixed_##V##_##P##_##W##_##C##_##L##_##N = Fixed<V, P, W, C, L, N>;                        \
+  QUERYPATCH_SAMPLES(V##_##P##_##W##_##C##_##L##_##N, Fixed_##V##_##P##_##W##_##C##_##L##_##N)
+
+#define QUERYPATCH_SAMPLES(NAME, SHAPE)                                                           \
+  extern "C" QUERYPATCH_SAMPLING(SHAPE) forward_##NAME(const Arguments a) { forward<SHAPE>(a); }   \
+  extern "C" QUERYPATCH_SAMPLING(SHAPE) backward_##NAME(const Arguments a) {                      \
+    backward<SHAPE, false>(a);                                                                    \
   }
 
 // The kernels of a type of values that take any shape, and those that finish a backward.
-#define QUERYPATCH_ANY(V)                                                                       \
-  extern "C" __global__ void __launch_bounds__(128)                                             \
-      forward_##V(const querypatch::cuda::Arguments a) {                                        \
-    querypatch::cuda::forward<querypatch::cuda::Any<querypatch::cuda::V>>(a);                   \
-  }                                                                                             \
-  extern "C" __global__ void __launch_bounds__(128)                                             \
-      backward_##V(const querypatch::cuda::Arguments a) {                                       \
-    querypatch::cuda::backward<querypatch::cuda::Any<querypatch::cuda::V>, false>(a);           \
-  }                                                                                             \
-  extern "C" __global__ void __launch_bounds__(128)                                             \
-      backward_whole_##V(const querypatch::cuda::Arguments a) {                                 \
-    querypatch::cuda::backward<querypatch::cuda::Any<querypatch::cuda::V>, true>(a);            \
-  }                                                                                             \
-  extern "C" __global__ void __launch_bounds__(128)                                             \
-      bounds_##V(const querypatch::cuda::Arguments a) {                                         \
-    querypatch::cuda::find_bounds<querypatch::cuda::V>(a);                                      \
-  }                                                                                             \
-  extern "C" __global__ void __launch_bounds__(128)                                             \
-      rounded_##V(const querypatch::cuda::Arguments a) {                                        \
-    querypatch::cuda::round_sums<querypatch::cuda::V>(a);                                       \
-  }                                                                                             \
-  extern "C" __global__ void __launch_bounds__(128)                                             \
-      rounded_whole_##V(const querypatch::cuda::Arguments a) {                                  \
-    querypatch::cuda::round_whole_sums<querypatch::cuda::V>(a);                                 \
-  }                                                                                             \
-  extern "C" __global__ void __launch_bounds__(128)                                             \
-      references_##V(const querypatch::cuda::Arguments a) {                                     \
-    querypatch::cuda::sum_references<querypatch::cuda::V>(a);                                   \
-  }
+#define QUERYPATCH_ANY(V)                                                                         \
+  QUERYPATCH_SAMPLES(V, Any<V>)                                                                   \
+  extern "C" QUERYPATCH_SAMPLING(Any<V>) backward_whole_##V(const Arguments a) {                  \
+    backward<Any<V>, true>(a);                                                                    \
+  }                                                                                               \
+  extern "C" QUERYPATCH_PLAIN bounds_##V(const Arguments a) { find_bounds<V>(a); }                \
+  extern "C" QUERYPATCH_PLAIN rounded_##V(const Arguments a) { round_sums<V>(a); }                \
+  extern "C" QUERYPATCH_PLAIN rounded_whole_##V(const Arguments a) { round_whole_sums<V>(a); }    \
+  extern "C" QUERYPATCH_PLAIN references_##V(const Arguments a) { sum_references<V>(a); }
 
-// Four levels and four points are what every published detector has.
+// Four levels and four points are what every published detector has; the second line of a type is
+// the classic operator's, whose locations are float32.
 #define QUERYPATCH_STANDARD(V, P, W) \
   QUERYPATCH_FIXED(V, P, W, 16, 4, 4) \
   QUERYPATCH_FIXED(V, P, W, 32, 4, 4) \
   QUERYPATCH_FIXED(V, P, W, 64, 4, 4)
+
+namespace querypatch {
+namespace cuda {
 
 #ifdef QUERYPATCH_ONLY  // NVRTC names what it compiles
 QUERYPATCH_ONLY
@@ -72,12 +59,13 @@ QUERYPATCH_ONLY
 QUERYPATCH_STANDARD(f32, f32, f32)
 QUERYPATCH_STANDARD(bf16, bf16, bf16)
 QUERYPATCH_STANDARD(bf16, f32, bf16)
-QUERYPATCH_STANDARD(bf16, f32, f32)
 QUERYPATCH_STANDARD(f16, f16, f16)
 QUERYPATCH_STANDARD(f16, f32, f16)
-QUERYPATCH_STANDARD(f16, f32, f32)
 QUERYPATCH_ANY(f32)
 QUERYPATCH_ANY(bf16)
 QUERYPATCH_ANY(f16)
 QUERYPATCH_ANY(f64)
 #endif
+
+}  // namespace cuda
+}  // namespace querypatch

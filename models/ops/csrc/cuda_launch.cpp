@@ -1,5 +1,6 @@
 // From a checked call to launches of kernels: which ones, over how many blocks, in which memory.
 #include <initializer_list>
+#include <iterator>
 #include <string>
 
 #include "cuda_driver.h"
@@ -55,7 +56,7 @@ void check_size(const Problem& p) {
   constexpr int64_t most = int64_t{1} << 30;
   const auto refuse = [](const std::string& what, int64_t is, int64_t limit) {
     if (is > limit)
-      throw Error("querypatch: " + what + " = " + number(is) + ", but the CUDA kernels take at most " +
+      throw Error(what + " = " + number(is) + ", but the CUDA kernels take at most " +
                   number(limit));
   };
   refuse("levels", p.levels, cuda::max_levels);
@@ -63,7 +64,7 @@ void check_size(const Problem& p) {
   refuse("queries * heads", pairs_of(p), most);
   refuse("queries * levels", p.queries * p.levels, most);
   refuse("levels * points", samples_of(p), most);
-  refuse("bytes of a token (heads * channels)", p.heads * p.channels * bytes_of(p.value_type), most);
+  refuse("bytes of a token", p.heads * p.channels * bytes_of(p.value_type), most);
 }
 
 Arguments arguments_of(const Problem& p) {
@@ -83,10 +84,10 @@ Arguments arguments_of(const Problem& p) {
   return a;
 }
 
-// A kernel, and how many heads of queries a block of it takes.
+// A kernel of samples, and how many lanes a head of a query has in it.
 struct Kernel {
   void* function;
-  int64_t pairs_per_block;
+  int32_t lanes;
 };
 
 // Throws where there is none: neither built in nor compiled.
@@ -96,7 +97,7 @@ void* kernel_for_any(int32_t device, const std::string& what, Number type) {
   const std::string from = std::string("QUERYPATCH_ANY(") + name_of(type) + ")";
   void* function = cuda::find_kernel(device, name, from, why);
   if (!function)
-    throw Error("querypatch: no CUDA kernel " + name + " for cuda:" + number(device) + ": " + why);
+    throw Error("no CUDA kernel " + name + " for cuda:" + number(device) + ": " + why);
   return function;
 }
 
@@ -106,30 +107,39 @@ bool aligned(std::initializer_list<const void*> pointers) {
   return true;
 }
 
+int32_t fixed_lanes(const Problem& p) {
+  const int value_bytes = static_cast<int>(bytes_of(p.value_type));
+  return cuda::lanes_per_head(static_cast<int>(p.channels), value_bytes);
+}
+
 // Whether a kernel for these very numbers can be: see Fixed in cuda_sampling.cuh.
 bool can_be_fixed(const Problem& p) {
   return p.value_type != Number::float64 && samples_of(p) <= cuda::max_fixed_samples &&
-         cuda::lanes_per_head(static_cast<int>(p.channels),
-                              static_cast<int>(bytes_of(p.value_type))) > 0;
+         fixed_lanes(p) > 0;
 }
 
 // "forward" or "backward": the kernel for these numbers where it can be had, else the one for any.
 Kernel kernel_of(const Problem& p, const std::string& what, bool fixed, int32_t device) {
-  constexpr int64_t lanes = cuda::warps_per_block * cuda::lanes_per_warp;
   if (fixed && can_be_fixed(p)) {
-    const std::string types[] = {name_of(p.value_type), name_of(p.point_type),
-                                 name_of(p.weight_type)};
-    const std::string sizes[] = {number(p.channels), number(p.levels), number(p.points)};
-    const std::string name = what + "_" + types[0] + "_" + types[1] + "_" + types[2] + "_" +
-                             sizes[0] + "_" + sizes[1] + "_" + sizes[2];
-    const std::string from = "QUERYPATCH_FIXED(" + types[0] + "," + types[1] + "," + types[2] + "," +
-                             sizes[0] + "," + sizes[1] + "," + sizes[2] + ")";
+    const std::string parts[] = {name_of(p.value_type),  name_of(p.point_type),
+                                 name_of(p.weight_type), number(p.channels),
+                                 number(p.levels),       number(p.points)};
+    std::string name = what, from = "QUERYPATCH_FIXED(";
+    for (const std::string& part : parts) {
+      name += "_" + part;
+      from += part + (&part == std::end(parts) - 1 ? ")" : ",");
+    }
     std::string why;  // whoever refuses to compile says so in the log
     if (void* function = cuda::find_kernel(device, name, from, why))
-      return {function, lanes / cuda::lanes_per_head(static_cast<int>(p.channels),
-                                                     static_cast<int>(bytes_of(p.value_type)))};
+      return {function, fixed_lanes(p)};
   }
-  return {kernel_for_any(device, what, p.value_type), cuda::warps_per_block};
+  return {kernel_for_any(device, what, p.value_type), cuda::lanes_per_warp};
+}
+
+void launch_samples(const Problem& p, const Kernel& kernel, const Arguments& a, void* stream) {
+  const int32_t threads = cuda::warps_per_block(kernel.lanes) * cuda::lanes_per_warp;
+  const int64_t blocks = blocks_for(pairs_of(p), threads / kernel.lanes);
+  cuda::launch(kernel.function, {blocks, p.batch, threads}, a, stream);
 }
 
 // What the backward keeps beside its results, in this order; each part starts at a multiple of 256.
@@ -175,8 +185,7 @@ void forward_on_device(const Problem& p, const ForwardTensors& t, CudaPlace plac
   a.output = t.output;
   const bool fixed = aligned({t.value, t.points, t.weights, t.output});
   const Kernel kernel = kernel_of(p, "forward", fixed, place.device);
-  cuda::launch(kernel.function, blocks_for(pairs_of(p), kernel.pairs_per_block), p.batch, a,
-               place.stream);
+  launch_samples(p, kernel, a, place.stream);
 }
 
 void fill_gradients_with_zero(const Problem& p, const BackwardTensors& t, void* stream) {
@@ -192,12 +201,13 @@ void round_sums(const Problem& p, const BackwardTensors& t, Arguments a, CudaPla
   if (whole_numbers(p, t)) {
     a.elements = value_elements(p) / p.batch;
     const int64_t blocks = blocks_for(a.elements, 1024);
-    cuda::launch(kernel_for_any(place.device, "rounded_whole", p.value_type), blocks, p.batch, a,
+    cuda::launch(kernel_for_any(place.device, "rounded_whole", p.value_type), {blocks, p.batch}, a,
                  place.stream);
   } else if (bytes_of(p.value_type) == 2) {
     a.elements = value_elements(p);
-    const int64_t blocks = blocks_for(a.elements, 4 * cuda::warps_per_block * cuda::lanes_per_warp);
-    cuda::launch(kernel_for_any(place.device, "rounded", p.value_type), blocks, 1, a, place.stream);
+    const int64_t blocks = blocks_for(a.elements, 4 * cuda::max_threads_per_block);
+    cuda::launch(kernel_for_any(place.device, "rounded", p.value_type), {blocks, 1}, a,
+                 place.stream);
   }
 }
 
@@ -205,7 +215,7 @@ void find_bounds(const Problem& p, const Arguments& a, int64_t bytes, CudaPlace 
   cuda::fill_zero(a.bounds, bytes, place.stream);
   const int64_t elements = pairs_of(p) * p.channels;
   const int64_t blocks = blocks_for(elements, 4096) < 256 ? blocks_for(elements, 4096) : 256;
-  cuda::launch(kernel_for_any(place.device, "bounds", p.value_type), blocks, p.batch, a,
+  cuda::launch(kernel_for_any(place.device, "bounds", p.value_type), {blocks, p.batch}, a,
                place.stream);
 }
 
@@ -241,13 +251,11 @@ void backward_on_device(const Problem& p, const BackwardTensors& t, CudaPlace pl
   const bool fixed = !whole && aligned({t.value, t.points, t.weights, t.grad_output, t.grad_value,
                                         t.grad_points, t.grad_weights, t.workspace});
   const Kernel kernel = kernel_of(p, whole ? "backward_whole" : "backward", fixed, place.device);
-  cuda::launch(kernel.function, blocks_for(pairs_of(p), kernel.pairs_per_block), p.batch, a,
-               place.stream);
+  launch_samples(p, kernel, a, place.stream);
   if (t.grad_value) round_sums(p, t, a, place);
   if (!t.grad_references) return;
-  const int64_t blocks =
-      blocks_for(p.queries * p.levels, cuda::warps_per_block * cuda::lanes_per_warp);
-  cuda::launch(kernel_for_any(place.device, "references", p.value_type), blocks, p.batch, a,
+  const int64_t blocks = blocks_for(p.queries * p.levels, cuda::max_threads_per_block);
+  cuda::launch(kernel_for_any(place.device, "references", p.value_type), {blocks, p.batch}, a,
                place.stream);
 }
 

@@ -1,7 +1,7 @@
 // Numbers in memory and in registers: float32, bfloat16, float16 and float64, one by one or packed.
 //
-// Half precision is only ever stored: everything is computed in float32, float64 for float64. What is
-// particular to the device stands in the first section; tests/models/ops/emulation.h gives a
+// Half precision is only ever stored: everything is computed in float32, float64 for float64. What
+// is particular to the device stands in the first section; tests/models/ops/emulation.h gives a
 // processor's version of it.
 #pragma once
 
@@ -62,8 +62,8 @@ __device__ __forceinline__ double fused(double a, double b, double c) { return f
 __device__ __forceinline__ float floored(float a) { return floorf(a); }
 __device__ __forceinline__ double floored(double a) { return floor(a); }
 
-// How a type of number lies in memory (`Stored`), what it is computed in (`Real`), and how `word`s of
-// 32 bits are taken apart and put together.
+// How a type of number lies in memory (`Stored`), what it is computed in (`Real`), and how `word`s
+// of 32 bits are taken apart and put together.
 struct f32 {
   using Stored = float;
   using Real = float;
@@ -146,8 +146,8 @@ __device__ __forceinline__ void write_tagged(void* to, long long index, int tag,
   }
 }
 
-// `count` neighbours in as few instructions as their number allows; `from` is aligned to their size,
-// 16 bytes at the most.
+// `count` neighbours in as few instructions as their number allows; `from` is aligned to their
+// size, 16 bytes at the most.
 template <class Number, int count>
 __device__ __forceinline__ void read_many(const typename Number::Stored* from,
                                           typename Number::Real* to) {

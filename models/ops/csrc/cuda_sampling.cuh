@@ -13,8 +13,8 @@ namespace cuda {
 
 constexpr unsigned all_lanes = 0xffffffffu;
 
-// A kernel for one number of channels, levels and points: 16 bytes of channels a lane, all samples of
-// a head on the board at once, every loop unrolled.
+// A kernel for one number of channels, levels and points: 16 bytes of channels a lane, all samples
+// of a head on the board at once, every loop unrolled.
 template <class Value_, class Point_, class Weight_, int channels_, int levels_, int points_>
 struct Fixed {
   using Value = Value_;
@@ -23,13 +23,18 @@ struct Fixed {
   using Real = typename Value::Real;
   static constexpr bool any = false;
   static constexpr int lanes = lanes_per_head(channels_, sizeof(typename Value::Stored));
+  static constexpr int warps = warps_per_block(lanes);
+  static constexpr int threads = warps * lanes_per_warp;
   static constexpr int vector = 16 / static_cast<int>(sizeof(typename Value::Stored));
   static constexpr int samples = levels_ * points_;
   static constexpr int points = points_;
   static constexpr int board = samples;
   static constexpr int own = (board + lanes - 1) / lanes;
   static constexpr int views = points % own == 0 ? 1 : own;  // levels that a lane's samples lie in
-  static constexpr int unroll_backward = 4;
+  static constexpr int unroll = 2;
+  // How many threads a multiprocessor is to hold, which bounds the registers of each (to 96; to 255
+  // where a lane owns many samples). A guess: no GPU was at hand.
+  static constexpr int resident_threads = own > 4 ? 256 : 640;
   static_assert(lanes > 0 && samples > 0 && samples <= max_fixed_samples, "no such kernel");
 };
 
@@ -41,11 +46,14 @@ struct Any {
   using Real = typename Value::Real;
   static constexpr bool any = true;
   static constexpr int lanes = lanes_per_warp;
+  static constexpr int warps = warps_per_block(lanes);
+  static constexpr int threads = warps * lanes_per_warp;
   static constexpr int vector = 1;
   static constexpr int board = 32;
   static constexpr int own = 1;
   static constexpr int views = 1;
-  static constexpr int unroll_backward = 1;
+  static constexpr int unroll = 1;
+  static constexpr int resident_threads = 512;
 };
 
 template <class Shape>
@@ -73,7 +81,7 @@ struct Place {
 
 template <class Shape>
 __device__ __forceinline__ Place place(const Arguments& a) {
-  constexpr int per_block = warps_per_block * lanes_per_warp / Shape::lanes;
+  constexpr int per_block = Shape::threads / Shape::lanes;
   const int pairs = a.queries * a.heads;
   Place at;
   at.lane = threadIdx.x % Shape::lanes;
@@ -159,7 +167,8 @@ __device__ __forceinline__ void read_weights(const Arguments& a, const Place& at
   }
 }
 
-// What turns a weight as it was given into an attention weight. The classic operator's already is one.
+// What turns a weight as it was given into an attention weight. The classic operator's already is
+// one.
 template <class Real>
 struct Softmax {
   bool wanted;
@@ -256,7 +265,7 @@ struct Sample {
 
 template <class Shape, bool backward>
 struct Board {
-  static constexpr int slots = warps_per_block * lanes_per_warp / Shape::lanes;
+  static constexpr int slots = Shape::threads / Shape::lanes;
   static constexpr int width = Shape::board | 1;  // odd, so that slots start in different banks
   Tokens tokens[slots][width];
   Corners<typename Shape::Real> weights[slots][width];

@@ -1,9 +1,10 @@
 // Sums of whole numbers: bit-equal from run to run, whatever order the device adds in.
 //
-// Contributions to the gradient of the values are scaled by a power of two and rounded to 64-bit whole
-// numbers, whose addition does not depend on order as that of floating-point numbers does. The scale
-// of an image leaves room for all of its samples in one cell. With 2^19 samples a head, what is lost
-// is less than 2^-42 of the largest contribution that could be; float64 values keep 2^-83.
+// Contributions to the gradient of the values are scaled by a power of two and rounded to 64-bit
+// whole numbers, whose addition does not depend on order as that of floating-point numbers does.
+// The scale of an image leaves room for all of its samples in one cell. With 2^19 samples a head,
+// what is lost is less than 2^-42 of the largest contribution that could be; float64 values keep
+// 2^-83.
 #pragma once
 
 #include "cuda_sampling.cuh"
@@ -51,8 +52,9 @@ __device__ __forceinline__ double larger_magnitude(double a, double b) {
   return __longlong_as_double(first > second ? first : second);
 }
 
-// The largest |grad_output| of each image, and of the classic operator's |weights|, which no softmax
-// holds below 1; the largest bits are the largest numbers, and those of a NaN are larger still.
+// The largest |grad_output| of each image, and of the classic operator's |weights|, which no
+// softmax holds below 1; the largest bits are the largest numbers, and those of a NaN are larger
+// still.
 template <class Value>
 __device__ __forceinline__ void find_bounds(const Arguments& a) {
   const long long image = static_cast<long long>(a.first_image) + blockIdx.y;

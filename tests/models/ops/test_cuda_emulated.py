@@ -323,7 +323,7 @@ def test_kernels_for_any_shape_serve_where_the_fixed_ones_cannot_be_compiled(
 def test_what_cannot_run_is_said_in_one_line(fresh: Emulated) -> None:
     inputs = inputs_of((f32, f32, f32), 5, 2, 1, 2)
     fresh.answer = lambda _kernels, _architecture: "libnvrtc.so.13 is not there"
-    with pytest.raises(EmulatedError, match=r"^querypatch: no CUDA kernel forward_f32 .*libnvrtc"):
+    with pytest.raises(EmulatedError, match=r"^no CUDA kernel forward_f32 .*libnvrtc"):
         fresh.forward(inputs)
     fresh.answer = lambda _kernels, _architecture: b""
     with pytest.raises(EmulatedError, match="the compiler gave no answer"):
