@@ -22,6 +22,7 @@ from models.heads import (
     box_heads,
     class_heads,
     read_boxes,
+    read_boxes_by_logit,
     read_logits,
 )
 from models.initialise import initialise
@@ -73,7 +74,7 @@ class Detector(nn.Module):
             raise ValueError("num_classes is null: a detector needs a number, that of its data")
         self.settings = settings
         dim = settings.hidden_dim
-        self.backbone = Backbone(settings.backbone)
+        self.backbone = Backbone(settings.backbone, settings.backbone_levels)
         self._make_input(settings)
         self.encoder = Encoder(encoder_shape(settings), settings.encoder_layers)
         self.decoder = Decoder(decoder_shape(settings), settings.decoder_layers)
@@ -106,7 +107,7 @@ class Detector(nn.Module):
         """The backbone's maps of pictures with the given padding as tokens, finest level first."""
         cells = self._cells(features, padding)
         first = None
-        if self.proposal_tokens is not None:
+        if self.settings.two_stage or self.settings.rho is not None:
             first = first_boxes(cells.padding, cells.spatial_shapes)
         selection, objectness = self._select(cells, first)
         auxiliary = self.encoder_class_head is not None and self.training
@@ -120,7 +121,7 @@ class Detector(nn.Module):
             selection=selection,
             proposals=self._propose(encoded.tokens, first),
             encoder_layers=self._read_encoder(encoded, first, selection) if auxiliary else (),
-            objectness=objectness if self.training else None,
+            objectness=objectness,
         )
 
     def project(
@@ -185,9 +186,7 @@ class Detector(nn.Module):
 
     def proposal_scores(self, proposals: TokenPredictions) -> Float[Tensor, "batch tokens"]:
         """How good a query each token would make: its best class, or that it is an object."""
-        if self.settings.proposal_classes == "all":
-            return proposals.logits.amax(-1)
-        return proposals.logits[..., 0]
+        return token_scores(proposals.logits, self.settings)
 
     def _make_input(self, settings: DetectorSettings) -> None:
         dim, several = settings.hidden_dim, settings.encoder_attention == "deformable"
@@ -215,8 +214,8 @@ class Detector(nn.Module):
         """What tokens say before and after the encoder, where anything is asked of them."""
         dim, logits, sparse = settings.hidden_dim, num_logits(settings), settings.rho is not None
         chosen = settings.selection
-        proposes = settings.two_stage or sparse
-        self.proposal_tokens = ProposalTokens(dim) if proposes else None
+        asked = settings.two_stage or (sparse and chosen.criterion != "random")
+        self.proposal_tokens = ProposalTokens(dim) if asked else None
         self.proposal_class_head = nn.Linear(dim, logits) if settings.two_stage else None
         self.proposal_box_head = BoxHead(dim) if settings.two_stage else None
         self.scorer = TokenScorer(dim) if settings.learns_selection else None
@@ -242,7 +241,10 @@ class Detector(nn.Module):
             if isinstance(part, nn.Linear) and "class_head" in name:
                 if settings.class_scores == "sigmoid":
                     begin_rare(part)
-            elif isinstance(part, BoxHead) and settings.decoder_attention == "deformable":
+            elif isinstance(part, BoxHead):
+                of_decoder = name.startswith("box_head")
+                if of_decoder and settings.decoder_attention == "dense":
+                    continue
                 sized = not settings.two_stage and name in ("box_head", "box_head.0")
                 begin_at_reference(part, _FIRST_SIZE_LOGIT if sized else 0.0)
 
@@ -288,7 +290,7 @@ class Detector(nn.Module):
     def _select(
         self, cells: Cells, first: FirstBoxes | None
     ) -> tuple[TokenSelection | None, TokenPredictions | None]:
-        """The tokens to update and, where tokens are scored as detectors, what they say."""
+        """The tokens to update and, where they are scored as detectors, what training hears."""
         rho, chosen = self.settings.rho, self.settings.selection
         if rho is None:
             return None, None
@@ -305,10 +307,12 @@ class Detector(nn.Module):
             return selection, None
         assert self.objectness_class_head is not None
         assert self.objectness_box_head is not None
-        said = predict_tokens(
-            features, first.logits, self.objectness_class_head, self.objectness_box_head
-        )
-        return select_tokens(self.proposal_scores(said), cells.padding, rho), said
+        logits = read_logits(self.objectness_class_head, features)
+        selection = select_tokens(token_scores(logits, self.settings), cells.padding, rho)
+        if not self.training:
+            return selection, None
+        boxes = read_boxes_by_logit(self.objectness_box_head, features, first.logits)
+        return selection, TokenPredictions(logits, boxes)
 
     def _propose(
         self,
@@ -373,6 +377,15 @@ def num_logits(settings: DetectorSettings) -> int:
     """Logits of a class head: one per class, and one for "no object" where they exclude it."""
     assert settings.num_classes is not None
     return settings.num_classes + (settings.class_scores == "softmax")
+
+
+def token_scores(
+    logits: Float[Tensor, "batch tokens classes"], settings: DetectorSettings
+) -> Float[Tensor, "batch tokens"]:
+    """What ranks tokens: the logit of the best class, never "no object", or of being any object."""
+    if settings.proposal_classes == "all":
+        return logits[..., : settings.num_classes].amax(-1)
+    return logits[..., 0]
 
 
 def _heads(depth: int | None, make: Callable[[], nn.Module]) -> nn.Module:

@@ -23,7 +23,8 @@ class InputLevel(nn.Module):
         super().__init__()
         kernel, stride, margin = (3, 2, 1) if halves else (1, 1, 0)
         self.convolution = nn.Conv2d(channels, dim, kernel, stride=stride, padding=margin)
-        self.norm = nn.GroupNorm(math.gcd(_GROUPS, dim), dim)
+        # Two channels a group at the least: a map of one cell still has something to compare.
+        self.norm = nn.GroupNorm(math.gcd(_GROUPS, dim // 2), dim)
 
     def forward(
         self, features: Float[Tensor, "batch channels rows columns"]
