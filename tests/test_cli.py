@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import querypatch
-from cluster import stages
+from cluster import stages, words
 from data import detection_set, source_items
 from data.synthetic import write_scenes
 from finetune import export
@@ -148,10 +148,10 @@ def test_the_demo_refuses_a_folder_in_use_and_too_few_pictures(
 
 
 def test_words_that_are_written_out_for_speed_are_those_of_their_modules() -> None:
-    assert get_args(querypatch.StageName) == get_args(stages.StageName)
-    assert get_args(querypatch.SourceKind) == get_args(source_items.SourceKind)
-    assert get_args(querypatch.SetKind) == get_args(detection_set.SetKind)
-    assert get_args(querypatch.ExportFormat) == get_args(export.ExportFormat)
+    assert get_args(words.StageName) == get_args(stages.StageName)
+    assert get_args(words.SourceKind) == get_args(source_items.SourceKind)
+    assert get_args(words.SetKind) == get_args(detection_set.SetKind)
+    assert get_args(words.ExportFormat) == get_args(export.ExportFormat)
 
 
 def test_help_waits_for_neither_torch_nor_ray() -> None:

@@ -1,0 +1,60 @@
+"""What the commands share: the words of their arguments, and how an error is told.
+
+Nothing here waits for torch or Ray, which take seconds to import.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the recipe.")
+]
+Local = Annotated[bool, typer.Option("--local", help="In this process, without Ray.")]
+Address = Annotated[str | None, typer.Option(help="A running Ray cluster; default: a local one.")]
+Weights = Annotated[
+    str, typer.Argument(help="A run, an export, a checkpoint file, ours or others'; path or URL.")
+]
+LabelledSet = Annotated[
+    str, typer.Argument(help="COCO json, VOC root, data.yaml or shards; URL#SPLIT names a split.")
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes a GPU where there is one.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+# Written out here, since importing their modules takes seconds; a test holds them to the originals.
+StageName = Literal["pretrain", "finetune"]
+SourceKind = Literal["classes", "folder", "list", "tars", "coco", "voc", "yolo"]
+SetKind = Literal["shards", "coco", "coco_panoptic", "voc", "yolo"]
+ExportFormat = Literal["querypatch", "detr", "hf", "onnx"]
+Depth = Literal["annotations", "headers", "pixels"]
+Kind = Annotated[SetKind | None, typer.Option(help="What DATA is; default: found out.")]
+PicturesFolder = Annotated[str | None, typer.Option(help="Folder of a COCO json's pictures.")]
+Url = Annotated[str, typer.Argument(help="Folder: a path or any fsspec URL.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Errors that name the way out are shown as they are; QUERYPATCH_TRACEBACK=1 shows it all."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        if os.environ.get("QUERYPATCH_TRACEBACK"):
+            raise
+        typer.secho(f"querypatch: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from None
+
+
+def console() -> Console:
+    """The one that speaks beside a command's answer, on stderr."""
+    return Console(file=sys.stderr)
