@@ -34,6 +34,16 @@ loop:
 resources: {device: cpu}
 """
 
+DEFORMABLE = (
+    "model.encoder_attention=deformable", "model.decoder_attention=deformable",
+    "model.feature_levels=2", "model.box_refinement=true", "model.class_scores=sigmoid",
+    "model.pre_norm=false", "model.hidden_dim=32", "model.encoder_layers=2",
+    "optimiser.sampling_lr=1e-4",
+)  # fmt: skip
+"""Overrides that make it a Deformable DETR."""
+SPARSE = (*DEFORMABLE, "model.rho=0.4", "model.selection={encoder_auxiliary: false}")
+"""Overrides that make it a Sparse DETR."""
+
 
 def small_shards(place: Path, count: int = 10) -> Path:
     """A folder with `count` drawn pictures in shards."""

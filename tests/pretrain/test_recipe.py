@@ -105,7 +105,9 @@ def test_a_recipe_without_run_and_shards_names_both_and_then_the_weights() -> No
 
 
 def test_an_unknown_recipe_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(RecipeError, match=r"'imagnet' is neither a file nor one of deformable_tiny_cpu, "):
+    with pytest.raises(
+        RecipeError, match=r"'imagnet' is neither a file nor one of deformable_tiny_cpu, "
+    ):
         recipe_of("imagnet", SAID)
 
 
