@@ -20,6 +20,20 @@ from tests.finetune.small_detector import CLASSES, INPUT, SETTINGS, small_detect
 from tests.models.test_detector import images
 from training.run_folder import open_run_folder
 
+SPARSE = SETTINGS.model_copy(
+    update={
+        **dict.fromkeys(("encoder_attention", "decoder_attention"), "deformable"),
+        **dict.fromkeys(("box_refinement", "two_stage"), True),
+        "class_scores": "sigmoid",
+        "feature_levels": 4,
+        "encoder_layers": 2,
+        "hidden_dim": 64,
+        "proposal_content": "memory",
+        "proposal_classes": "all",
+        "rho": 0.3,
+    }
+)
+
 
 @pytest.fixture
 def weights(tmp_path: Path) -> str:
@@ -160,6 +174,25 @@ def test_urls_are_written_whole(weights: str) -> None:
     assert open_run_folder("memory://exports/a").names("") == [
         *("README.md", "config.json", "model.safetensors", "w.pth"),
     ]
+
+
+def test_a_sparse_detector_goes_out_with_every_copy_of_its_heads_and_comes_back(
+    tmp_path: Path,
+) -> None:
+    write_weights(tmp_path / "sparse.safetensors", SPARSE)
+    source, public = str(tmp_path / "sparse.safetensors"), str(tmp_path / "sparse.pth")
+    export(source, public, "detr")
+    theirs = torch.load(public, weights_only=True)["model"]
+    names = ("encoder.class_embed.0.bias", "decoder.class_embed.3.bias")
+    for name in (*(f"transformer.{name}" for name in names), "class_embed.3.bias"):
+        assert torch.equal(theirs[name], theirs["class_embed.3.bias"])
+    again = open_weights(public)
+    assert (again.detector, again.form, again.guessed) == (SPARSE, "detr", ())
+    assert again.notes[0].startswith("40 tensors of the file are copies under further names")
+    assert torch.equal(said(public).boxes, said(source).boxes)
+    assert "architecture  Sparse DETR (4 levels, rho 0.3, two-stage) on" in weights_report(public)
+    with pytest.raises(WeightsError, match="DetrForObjectDetection cannot express deformable"):
+        export(source, str(tmp_path / "hf"), "hf")
 
 
 def test_a_file_that_does_not_fit_its_architecture_is_not_exported(tmp_path: Path) -> None:

@@ -140,11 +140,7 @@ def compare_cells(
         ("encoder_memory_std", tokens.std((1, 2))),
     ):
         yield from compare(group, name, values, case)
-    name = "encoder_memory_token_sum"
-    if name in case.arrays:
-        dim = tokens.shape[-1]
-        expected = case.arrays[name] / dim
-        yield compare_values(group, name, tokens.abs().mean(-1), expected, OUTPUT_TOLERANCE)
+    yield from _compare_sums(case, group, "encoder_memory_token_sum", tokens.abs())
 
 
 def compare_proposals(case: Case, model: Detector, memory: Memory) -> Iterator[Finding]:
@@ -164,7 +160,7 @@ def compare_encoder_heads(case: Case, memory: Memory, selected: Order) -> Iterat
         yield from compare("encoder heads", f"{name}boxes", ordered.boxes, case)
         logits = ordered.logits
         yield from compare("encoder heads", f"{name}logits_first{_SHOWN}", logits[:, :_SHOWN], case)
-        yield from compare("encoder heads", f"{name}logits_sum", logits.sum(-1), case)
+        yield from _compare_sums(case, "encoder heads", f"{name}logits_sum", logits)
         yield from compare("encoder heads", f"{name}logits_max", logits.amax(-1), case)
 
 
@@ -217,6 +213,13 @@ def _level_embeddings(model: Detector, memory: Memory) -> Tensor:
     assert model.level_embedding is not None
     sizes = torch.tensor([rows * columns for rows, columns in memory.spatial_shapes])
     return model.level_embedding.repeat_interleave(sizes, dim=0)
+
+
+def _compare_sums(case: Case, group: str, name: str, terms: Tensor) -> Iterator[Finding]:
+    """Sums over the last axis, by the tolerance of one term."""
+    if name in case.arrays:
+        expected = case.arrays[name] / terms.shape[-1]
+        yield compare_values(group, name, terms.mean(-1), expected, OUTPUT_TOLERANCE)
 
 
 def _first(values: list[Tensor], selected: Order) -> Tensor:
