@@ -20,7 +20,7 @@ from models.detector import Detector
 from models.detector_settings import DetectorSettings
 from models.interop.backbones import RANDOM_WEIGHTS, load_backbone
 from models.interop.class_names import match_names
-from models.interop.placing import LoadReport
+from models.interop.placing import LoadReport, listed
 from models.structures import Classes
 
 

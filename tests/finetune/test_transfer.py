@@ -15,6 +15,7 @@ from models.detector import Detector
 from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.interop.detr import to_detr_names
+from models.interop.swin import swin_name
 from models.structures import Classes
 from tests.finetune.public_files import (
     formula_file,
@@ -186,6 +187,26 @@ def test_the_backbone_is_inits_unless_the_recipe_names_another(tmp_path: Path) -
     detector, report = initial_detector(recipe({"weights": other}), source, VOC_LIKE, seed=5)
     assert torch.equal(detector.backbone.body.conv1.weight, tensors["conv1.weight"])
     assert f"backbone: that of model.backbone.weights={other}, not that of init" in report.notes
+
+
+def test_a_classifiers_swin_in_place_of_inits_leaves_init_its_output_norms(tmp_path: Path) -> None:
+    backbone = BackboneSettings(name="swin_t", weights="random")
+    settings = SETTINGS.model_copy(update={"num_classes": 4, "backbone": backbone})
+    theirs, other = (Detector(settings, torch.Generator().manual_seed(seed)) for seed in (1, 9))
+    theirs.backbone.body.norms.requires_grad_(False)[3].weight.fill_(2.0)
+    metadata = artefact_metadata("detector", settings, VOC_LIKE, PictureInput(), Provenance())
+    save_file(theirs.state_dict(), tmp_path / "own.safetensors", metadata=metadata)
+    tensors = other.backbone.body.state_dict()
+    bare = {swin_name(name): tensors[name] for name in tensors if not name.startswith("norms.")}
+    torch.save({"model": bare}, tmp_path / "swin.pth")
+    said = recipe({"weights": str(tmp_path / "swin.pth")})
+    detector, report = initial_detector(said, str(tmp_path / "own.safetensors"), VOC_LIKE, seed=5)
+    body = detector.backbone.body.state_dict()
+    table = "stages.3.blocks.1.attention.relative_position_bias_table"
+    assert torch.equal(body[table], tensors[table])
+    assert body["norms.3.weight"].eq(2.0).all()
+    assert "backbone.body.norms.3.weight" in report.loaded
+    assert any("except norms.1.weight" in note for note in report.notes)
 
 
 def test_from_scratch_only_the_backbone_is_loaded(tmp_path: Path) -> None:
