@@ -190,10 +190,10 @@ def test_the_backbone_is_inits_unless_the_recipe_names_another(tmp_path: Path) -
 
 
 def test_a_classifiers_swin_in_place_of_inits_leaves_init_its_output_norms(tmp_path: Path) -> None:
-    backbone = BackboneSettings(name="swin_t", weights="random")
+    backbone = BackboneSettings(name="swin_t", output="layer3", weights="random")
     settings = SETTINGS.model_copy(update={"num_classes": 4, "backbone": backbone})
     theirs, other = (Detector(settings, torch.Generator().manual_seed(seed)) for seed in (1, 9))
-    theirs.backbone.body.norms.requires_grad_(False)[3].weight.fill_(2.0)
+    theirs.backbone.body.norms.requires_grad_(False)[2].weight.fill_(2.0)
     metadata = artefact_metadata("detector", settings, VOC_LIKE, PictureInput(), Provenance())
     save_file(theirs.state_dict(), tmp_path / "own.safetensors", metadata=metadata)
     tensors = other.backbone.body.state_dict()
@@ -202,10 +202,10 @@ def test_a_classifiers_swin_in_place_of_inits_leaves_init_its_output_norms(tmp_p
     said = recipe({"weights": str(tmp_path / "swin.pth")})
     detector, report = initial_detector(said, str(tmp_path / "own.safetensors"), VOC_LIKE, seed=5)
     body = detector.backbone.body.state_dict()
-    table = "stages.3.blocks.1.attention.relative_position_bias_table"
+    table = "stages.2.blocks.1.attention.relative_position_bias_table"
     assert torch.equal(body[table], tensors[table])
-    assert body["norms.3.weight"].eq(2.0).all()
-    assert "backbone.body.norms.3.weight" in report.loaded
+    assert body["norms.2.weight"].eq(2.0).all()
+    assert "backbone.body.norms.2.weight" in report.loaded
     assert any("except norms.1.weight" in note for note in report.notes)
 
 
