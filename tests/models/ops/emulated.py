@@ -5,6 +5,7 @@ is the library's own, down to what it asks of libcuda.so.1, which is `emulation/
 """
 
 import ctypes
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -172,6 +173,24 @@ def without_memory(emulated: Emulated, folder: Path) -> Emulated:
     copy = folder / "libcalls.so"
     shutil.copy(emulated.folder / "libcalls.so", copy)
     return load(emulated.folder, copy)
+
+
+def program() -> str:
+    """The CUDA program as the library carries it: one text."""
+    seen: set[str] = set()
+
+    def with_headers(name: str) -> str:
+        lines = (SOURCES / name).read_text(encoding="utf-8").splitlines()
+        return "\n".join(part for line in lines if (part := replaced(line)) is not None)
+
+    def replaced(line: str) -> str | None:
+        header = re.match(r'#include "(cuda_\w+\.cuh)"', line)
+        if header is None or header[1] in seen:
+            return line if header is None else None
+        seen.add(header[1])
+        return with_headers(header[1])
+
+    return with_headers("cuda_kernels.cu").replace("#pragma once", "")
 
 
 def compiler_is_there() -> bool:

@@ -9,6 +9,11 @@ const int32_t num_cubins = 0;
 
 using namespace querypatch;
 
+const char* program = "";
+
+QUERYPATCH_EXPORT void emulated_program(const char* text) { program = text; }
+QUERYPATCH_EXPORT const char* querypatch_cuda_program() { return program; }
+
 QUERYPATCH_EXPORT const char* emulated_forward(const Problem* problem, const ForwardTensors* tensors,
                                                int32_t device) {
   return cuda_forward(*problem, *tensors, {device, nullptr});
