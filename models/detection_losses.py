@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, assert_never
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.detector_settings import DetectorSettings
@@ -26,7 +26,20 @@ from models.losses import (
     supervised_losses,
 )
 from models.matching import Candidates, ClassScores, MatchingCosts
-from models.structures import DetectorOutput, Losses, Memory, Targets, TokenPredictions
+from models.selection_losses import (
+    correlation,
+    decoder_attention_map,
+    most_read,
+    scoring_losses,
+)
+from models.structures import (
+    DetectorOutput,
+    Losses,
+    Memory,
+    Targets,
+    TokenPredictions,
+    TokenSelection,
+)
 
 ProposalClasses = Literal["binary", "all"]
 """What tokens are taught: that there is an object (label 0), or which one."""
@@ -70,13 +83,24 @@ def detection_losses(
 ) -> Losses:
     """The loss of what a detector with one query group says, and every term by name.
 
-    Divisors over the ranks, `blank` and the terms for the log as in `set_losses`. All is matched
+    Divisors over the ranks, `blank` and the terms for the log as in `set_losses`; where decoder
+    attention is recorded, also how much of it meets selected tokens (Corr). Everything is matched
     before the one reduction, so that UnmatchableError, as in `match_all`, leaves no rank waiting:
-    then `unmatched_losses` takes part in it.
+    `unmatched_losses` takes part in it then.
     """
     supervised = _supervised(output, targets, supervision, reconstruction)
-    shares = Shares(reduce_sum, world_size, blank)
-    return supervised_losses(supervised, targets, weights, costs, supervision.class_scores, shares)
+    class_scores, shares = supervision.class_scores, Shares(reduce_sum, world_size, blank)
+    selection, attention_map = output.memory.selection, None
+    if selection is not None:
+        attention_map = decoder_attention_map(output, legacy_dam=supervision.legacy_dam)
+    if selection is None or attention_map is None:
+        return supervised_losses(supervised, targets, weights, costs, class_scores, shares)
+    scoring = _scoring(output.memory, selection, attention_map, supervision)
+    losses = supervised_losses(supervised, targets, weights, costs, class_scores, shares, scoring)
+    met = correlation(
+        attention_map, output.memory, selection, legacy_padding=supervision.legacy_padding
+    )
+    return Losses(losses.total, {**losses.terms, **met})
 
 
 def unmatched_losses(
@@ -105,6 +129,21 @@ def unmatched_losses(
     if selection is not None and selection.scores is not None:
         said.append(selection.scores)
     return Losses(torch.stack([t.float().sum() for t in (*said, *others)]).sum() * torch.nan)
+
+
+def _scoring(
+    memory: Memory,
+    selection: TokenSelection,
+    attention_map: Float[Tensor, "batch tokens"],
+    supervision: Supervision,
+) -> Float[Tensor, " batch"] | None:
+    """What the scoring network has to learn from each picture; None where there is no network."""
+    if selection.scores is None:
+        return None
+    wanted = most_read(attention_map, memory.padding, selection)
+    return scoring_losses(
+        selection.scores, wanted, memory.padding, legacy_padding=supervision.legacy_padding
+    )
 
 
 def _supervised(

@@ -218,7 +218,7 @@ def test_losses_are_float32_under_autocast() -> None:
     assert torch.equal(plain.total, mixed.total)
 
 
-class _Readings(TorchDispatchMode):
+class Readings(TorchDispatchMode):
     """Counts the values that the host waits for."""
 
     count = 0
@@ -232,7 +232,7 @@ def test_no_single_value_is_read_back_from_the_device() -> None:
     """The costs are copied as one tensor; an `.item()` would make the host wait once more."""
     logits, boxes = predictions(3, 2, 5)
     of, rebuilt = targets(2, 4), features(3, 2, 5, 4)
-    with _Readings() as readings:
+    with Readings() as readings:
         set_losses(group_of(logits, boxes), of, WEIGHTS, COSTS, reconstruction=rebuilt)
     assert readings.count == 0
 

@@ -154,9 +154,10 @@ def test_sigmoid_scores_are_matched_by_focal_costs() -> None:
 def test_focal_costs_are_float32_under_autocast() -> None:
     """Peers' bug 7.1.12: costs in half precision tie, and match at random."""
     logits, boxes = (each.bfloat16() for each in predictions(2, 2, 60))
-    plain = match(logits.float(), boxes.float(), targets(30, 20), COSTS, "sigmoid")
+    by_class = MatchingCosts(classes=1, boxes_l1=0, giou=0)
+    plain = match(logits.float(), boxes.float(), targets(30, 20), by_class, "sigmoid")
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = match(logits, boxes, targets(30, 20), COSTS, "sigmoid")
+        mixed = match(logits, boxes, targets(30, 20), by_class, "sigmoid")
     assert torch.equal(plain.query, mixed.query)
     assert torch.equal(plain.target, mixed.target)
 
