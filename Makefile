@@ -9,7 +9,7 @@
 
 VENV ?= .venv
 TESTS ?=
-CODE := models data training pretrain finetune cluster tests $(wildcard querypatch.py benchmarks)
+CODE := models data training pretrain finetune cluster tests $(wildcard querypatch.py setup.py benchmarks)
 
 # A name on the PATH proves nothing (version managers install shims that refuse to run), so each is tried.
 WORKS := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
@@ -38,8 +38,8 @@ format: setup
 
 setup: $(INSTALLED)
 
-# The stamp is older than pyproject.toml only when the dependencies may have changed.
-$(INSTALLED): pyproject.toml
+# The stamp is older than these only when the dependencies or the operator library may have changed.
+$(INSTALLED): pyproject.toml setup.py $(wildcard models/ops/csrc/*)
 	@$(if $(PYTHON),,echo "no Python 3.11 or later with venv found: install python3.12 \
 	(Debian: python3.12-venv too) or say PYTHON=/path/to/python3.12" >&2; exit 1)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
@@ -47,4 +47,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf build dist *.egg-info querypatch_ops*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

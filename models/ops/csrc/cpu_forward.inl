@@ -11,7 +11,7 @@ QUERYPATCH_INLINE void gather(const T* rows, const T* zeros, int64_t samples, co
   for (int64_t k = 0; k < samples; k++) {
     for (int c = 0; c < 4; c++) {
       const auto at = s.corner_at[c][k];
-      const T* row = InPlace && at < 0 ? zeros : rows + at;
+      const T* row = in_register(InPlace && at < 0 ? zeros : rows + at);
       const V weight = all<A>(s.corner_weight[c][k]);
       V* sum = c % 2 ? odd : even;
       for (int v = 0; v < N; v++) sum[v] += weight * load(row + v * A::width);
@@ -50,6 +50,8 @@ const char* forward_run(const Problem& p, const ForwardTensors& t, const Lattice
   const T* zeros = reinterpret_cast<const T*>(sums[1]);
   for (int64_t q = begin; q < end; q++) {
     const int64_t row = (image * p.queries + q) * p.heads + head;
+    prefetch_samples(p, lattice, t.points, t.weights, row);
+    prefetch<1>(p.value_type, t.output, (row + queries_ahead * p.heads) * p.channels, p.channels);
     read_weights(p, lattice, t.weights, row, samples.weight);
     locate(p, lattice, t.points, t.references, row, samples);
     find_corners(lattice, row_elements, outside, samples);
@@ -100,10 +102,15 @@ const char* forward_by_slabs(const Problem& p, const ForwardTensors& t) {
   const Lattice<A> lattice(p, 0, p.levels, width);
   const Arrays<Real> slabs(p.heads, slab);
   if (lattice.missing() || slabs.missing()) return no_memory();
+  for (int64_t head = 0; head < p.heads; head++)
+    set_zero<A>(slabs[head] + p.tokens * width, width);
   for (int64_t image = 0; image < p.batch; image++) {
-    in_parallel(p.heads, 1, [&](int64_t first, int64_t last) {
-      for (int64_t head = first; head < last; head++)
-        copy_slab<A>(p, t.value, image, head, 0, p.tokens, slabs[head]);
+    in_parallel(p.tokens, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t token = begin; token < end; token++)
+        for (int64_t head = 0; head < p.heads; head++)
+          read(p.value_type, t.value,
+               ((image * p.tokens + token) * p.heads + head) * p.channels, p.channels,
+               slabs[head] + token * width);
     });
     const char* failure = over_queries(p, [&](int64_t head, int64_t begin, int64_t end) {
       return forward_run<A, Real, false>(p, t, lattice, slabs[head], width, p.tokens * width, image,

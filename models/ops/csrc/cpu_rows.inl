@@ -26,6 +26,13 @@ inline const char* too_large() {
 }
 inline const char* no_memory() { return "out of memory"; }
 
+// Keeps gcc from adding the parts of an address again for each vector of a row.
+template <class T>
+QUERYPATCH_INLINE T* in_register(T* pointer) {
+  asm("" : "+r"(pointer));
+  return pointer;
+}
+
 template <class A>
 QUERYPATCH_INLINE void set_zero(typename A::Real* to, int64_t count) {
   __builtin_memset(to, 0, static_cast<size_t>(count) * sizeof(*to));
