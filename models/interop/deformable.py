@@ -215,7 +215,7 @@ def load_deformable(
         model,
         named,
         file_name=lambda ours: ours.removeprefix("detector."),
-        left_out=(*_PRETRAINING_ONLY, *new),
+        left_out=(*_PRETRAINING_ONLY, *(name.removeprefix("detector.") for name in new)),
         new=new,
         source=source,
     )

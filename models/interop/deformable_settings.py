@@ -21,6 +21,7 @@ from models.selection import SelectionSettings
 ProposalContent = Literal["position", "memory"]
 
 USUAL_HEADS = 8
+USUAL_POINTS = 4
 USUAL_QUERIES = 300
 USUAL_RHO = 0.3
 
@@ -124,7 +125,7 @@ def _points(
     """Of the first layer's attention; the usual number where there is no layer."""
     name = attention.format(0) + "attention_weights.weight"
     if name not in tensors:
-        return DetectorSettings.model_fields["encoder_points"].default
+        return USUAL_POINTS
     rows = len(tensors[name])
     if rows % samples_per_point:
         raise WeightsError(

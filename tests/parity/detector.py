@@ -12,7 +12,7 @@ from models.detector_settings import DetectorSettings
 from models.interop.detr import detr_name, detr_settings, load_detr
 from models.losses import LossWeights, Reconstruction, set_losses
 from models.patch_queries import PatchDetector, PatchDraws, QueryPatches
-from models.resnet import run_stage, run_stem
+from models.resnet import ResNet, run_stage, run_stem
 from models.structures import (
     DetectorOutput,
     GroupOutput,
@@ -133,7 +133,9 @@ def intermediates(case: Case, detector: Detector, images: Images, run: Run) -> I
 
 def _backbone(case: Case, detector: Detector, images: Images) -> Iterator[Finding]:
     with torch.no_grad():
-        folded = detector.backbone.body.fold(torch.float32)
+        body = detector.backbone.body
+        assert isinstance(body, ResNet)
+        folded = body.fold(torch.float32)
         features = run_stem(folded, images.pixels)
         means, deviations = [], []
         for blocks in folded.stages:
@@ -288,6 +290,7 @@ class Watch:
         def take_projected(_: nn.Module, given: object, said: Tensor) -> None:
             self._projected = said
 
+        assert self._detector.input_projection is not None
         self._handles = [
             self._detector.decoder.register_forward_pre_hook(take_queries),
             self._detector.input_projection.register_forward_hook(take_projected),

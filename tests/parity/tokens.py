@@ -53,10 +53,12 @@ class TokenWatch:
         def take_map(_: nn.Module, given: object, said: Tensor) -> None:
             self.maps.append(said)
 
-        def take_look(attention: nn.Module, given: tuple[Tensor, ...]) -> None:
+        def take_look(
+            attention: nn.Module,
+            given: tuple[Tensor, Tensor, Tensor, tuple[tuple[int, int], ...]],
+        ) -> None:
             assert isinstance(attention, DeformableAttention)
             queries, references, _, shapes = given
-            assert isinstance(shapes, tuple)
             self.looks.append(attention.looked_at(queries, references, shapes))
 
         detector = self.detector
@@ -133,13 +135,13 @@ def compare_cells(
     sines = watch.cells.position - _level_embeddings(model, memory)
     yield from compare(group, "position_first8", sines[:, :8], case)
     tokens = memory.tokens
-    for name, values in (
+    for name, part in (
         ("encoder_memory_first8", tokens[:, :8]),
         ("encoder_memory_last4", tokens[:, -4:]),
         ("encoder_memory_mean", tokens.mean((1, 2))),
         ("encoder_memory_std", tokens.std((1, 2))),
     ):
-        yield from compare(group, name, values, case)
+        yield from compare(group, name, part, case)
     yield from _compare_sums(case, group, "encoder_memory_token_sum", tokens.abs())
 
 
