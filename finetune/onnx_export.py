@@ -25,7 +25,7 @@ from data.pictures import decode_picture, resize, resized_size
 from data.synthetic import draw_scene
 from finetune.picture_sources import read_bytes
 from models.artefact import PictureInput
-from models.backbone import run_last
+from models.backbone import folded_levels
 from models.detector import Detector
 from models.interop.checkpoint_files import WeightsError
 from models.structures import Images
@@ -83,7 +83,8 @@ class _Traced(nn.Module):
         pixels: Float[Tensor, "batch 3 height width"],
         padding: Bool[Tensor, "batch height width"],
     ) -> tuple[Float[Tensor, "batch queries logits"], Float[Tensor, "batch queries 4"]]:
-        memory = self.detector.encode_features((run_last(self.folded, pixels),), padding)
+        count = self.detector.settings.backbone_levels
+        memory = self.detector.encode_features(folded_levels(self.folded, pixels, count), padding)
         group = self.detector.query_group(memory)
         last = self.detector.decode(memory, (group,)).groups[0].layers[-1]
         return last.logits, last.boxes

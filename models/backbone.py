@@ -116,9 +116,9 @@ class Backbone(nn.Module):
         """
         self._check_count(count)
         if self.settings.train:
-            return _run_levels(self.body.fold(self._dtype()), pixels, count)
+            return folded_levels(self.body.fold(self._dtype()), pixels, count)
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
-            return _run_levels(self.fold(), pixels, count)
+            return folded_levels(self.fold(), pixels, count)
 
     def level_channels(self, count: int) -> tuple[int, ...]:
         """Depths of the maps of `levels`. ValueError where there are fewer stages."""
@@ -175,6 +175,17 @@ def run_last(
         case FoldedSwin():
             (last,) = run_swin(folded, pixels, 1)
             return last
+        case _:
+            assert_never(folded)
+
+
+def folded_levels(folded: FoldedBackbone, pixels: Tensor, count: int) -> tuple[Tensor, ...]:
+    """The maps of the last `count` stages, shallowest first, in the folded weights' precision."""
+    match folded:
+        case FoldedResNet():
+            return run_levels(folded, pixels, count)
+        case FoldedSwin():
+            return run_swin(folded, pixels, count)
         case _:
             assert_never(folded)
 
@@ -238,16 +249,6 @@ def _all_channels(name: BackboneName) -> tuple[int, ...]:
     if name == "swin_t":
         return SWIN_CHANNELS
     return tuple(stage_channels(name, stage) for stage in range(4))
-
-
-def _run_levels(folded: FoldedBackbone, pixels: Tensor, count: int) -> tuple[Tensor, ...]:
-    match folded:
-        case FoldedResNet():
-            return run_levels(folded, pixels, count)
-        case FoldedSwin():
-            return run_swin(folded, pixels, count)
-        case _:
-            assert_never(folded)
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
