@@ -1,13 +1,15 @@
 """The model of a pretraining run before its first step: random, with a backbone, or from `init`."""
 
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from models.interop.backbones import load_backbone
 from models.interop.checkpoint_files import read_tensors
-from models.interop.detr import detr_name, load_detr
+from models.interop.deformable import from_deformable, is_deformable, load_deformable
+from models.interop.detr import detr_name, load_detr, our_name
 from models.patch_queries import PatchDetector
 from pretrain.recipe import PretrainRecipe
 from training.run_weights import run_weights, weights_file
@@ -42,21 +44,31 @@ def take_weights(model: PatchDetector, source: str) -> None:
     """
     found = run_weights(source, best=False)
     tensors = read_tensors(weights_file(source)) if found is None else dict(found.tensors)
-    if detr_name("detector.queries.weight") not in tensors:
+    if is_deformable(tensors):
+        named, _ = from_deformable(tensors, source=source)
+        report = load_deformable(model, tensors, source=source, new=_absent_parts(model, named))
+    elif detr_name("detector.queries.weight") in tensors:
+        named = {our_name(theirs): tensor for theirs, tensor in tensors.items()}
+        report = load_detr(model, tensors, source=source, new=_absent_parts(model, named))
+    else:
         load_weights(model, tensors, source)
         logger.info("init=%s: %d tensors loaded", source, len(tensors))
         return
-    report = load_detr(model, tensors, source=source, new=_absent_parts(model, tensors))
     logger.info("init=%s: %s", source, report.summary())
 
 
-def _absent_parts(model: PatchDetector, tensors: dict[str, Tensor]) -> tuple[str, ...]:
-    """Patterns of our names that the file cannot fill."""
-    parts = {"patch_projection": "weight", "reconstruction": "layers.0.weight"}
+def _absent_parts(model: PatchDetector, named: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Patterns of our names that a public file, its tensors by our names, cannot fill."""
     absent = [
-        f"{part}.*" for part, probe in parts.items() if detr_name(f"{part}.{probe}") not in tensors
+        f"{part}.*"
+        for part in ("patch_projection", "reconstruction")
+        if not any(name.startswith(f"{part}.") for name in named)
     ]
-    classes = tensors[detr_name("detector.class_head.weight")]
-    if classes.shape != model.detector.class_head.weight.shape:
+    other_classes = any(
+        name in named and named[name].shape != tensor.shape
+        for name, tensor in model.detector.state_dict().items()
+        if name.startswith("class_head.")
+    )
+    if other_classes:
         absent.append("detector.class_head.*")
     return tuple(absent)

@@ -8,16 +8,23 @@ from models.structures import Images, Losses, PatchBatch, Targets, padding_of
 from pretrain.objective import PatchObjective
 from pretrain.recipe import PretrainRecipe
 from pretrain.weights import blank_model
-from tests.pretrain.small_run import RECIPE
+from tests.pretrain.small_run import DEFORMABLE, RECIPE, SPARSE
 from training.recipe import load_recipe
 from training.world import World
 
 ALONE = World.alone(torch.device("cpu"))
 
 
-@pytest.fixture
-def recipe() -> PretrainRecipe:
-    return load_recipe(PretrainRecipe, RECIPE, ["run=r", "data.shards=s"])
+KINDS: dict[str, tuple[str, ...]] = {"dense": (), "deformable": DEFORMABLE, "sparse": SPARSE}
+
+
+def recipe_of(*told: str) -> PretrainRecipe:
+    return load_recipe(PretrainRecipe, RECIPE, ["run=r", "data.shards=s", *told])
+
+
+@pytest.fixture(params=KINDS)
+def recipe(request: pytest.FixtureRequest) -> PretrainRecipe:
+    return recipe_of(*KINDS[str(request.param)])
 
 
 def batch(blank: bool = False) -> PatchBatch:
@@ -40,14 +47,16 @@ def losses_of(model: PatchDetector, recipe: PretrainRecipe, given: PatchBatch) -
     return PatchObjective(recipe, ALONE)(model, given, torch.Generator().manual_seed(1))
 
 
-def test_every_trained_parameter_gets_a_gradient(recipe: PretrainRecipe) -> None:
+@pytest.mark.parametrize("blank", [False, True])
+def test_every_trained_parameter_gets_a_gradient(recipe: PretrainRecipe, blank: bool) -> None:
     model = blank_model(recipe).train()
-    losses_of(model, recipe, batch()).total.backward()
+    losses_of(model, recipe, batch(blank)).total.backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
 
 
-def test_the_total_is_the_weighted_sum_over_layers(recipe: PretrainRecipe) -> None:
+def test_the_total_is_the_weighted_sum_over_layers() -> None:
+    recipe = recipe_of()
     losses = losses_of(blank_model(recipe), recipe, batch())
     weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2, "loss_feature": 1}
     expected = sum(
@@ -58,10 +67,22 @@ def test_the_total_is_the_weighted_sum_over_layers(recipe: PretrainRecipe) -> No
     torch.testing.assert_close(losses.total, expected)
 
 
-def test_without_reconstruction_there_is_no_such_term(recipe: PretrainRecipe) -> None:
-    plain = load_recipe(
-        PretrainRecipe, RECIPE, ["run=r", "data.shards=s", "queries.reconstruction=false"]
+def test_a_sparse_detector_also_learns_which_tokens_its_decoder_reads() -> None:
+    recipe = recipe_of(*SPARSE, "losses.selection=3")
+    losses = losses_of(blank_model(recipe).train(), recipe, batch())
+    weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2, "loss_feature": 1}
+    detection = sum(
+        weight * losses.terms[name + suffix]
+        for name, weight in weights.items()
+        for suffix in ("", "_0")
     )
+    expected = detection + 3 * losses.terms["loss_mask_prediction"]
+    torch.testing.assert_close(losses.total, expected)
+    assert 0 < losses.terms["corr_mask_attn_map_dec_all"] < 1
+
+
+def test_without_reconstruction_there_is_no_such_term() -> None:
+    plain = recipe_of("queries.reconstruction=false")
     assert "loss_feature" not in losses_of(blank_model(plain), plain, batch()).terms
 
 
@@ -70,7 +91,9 @@ def test_predictions_that_are_not_finite_give_nan_everywhere_and_no_exception(
 ) -> None:
     model = blank_model(recipe).train()
     with torch.no_grad():
-        model.detector.queries.weight.fill_(torch.nan)
+        queries = model.detector.queries
+        assert queries is not None
+        queries.weight.fill_(torch.nan)
     losses = losses_of(model, recipe, batch())
     losses.total.backward()
     assert losses.total.isnan()

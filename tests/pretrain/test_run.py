@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cluster.worker import run_alone
 from pretrain.gallery import draw_patches
-from tests.pretrain.small_run import small_recipe, small_shards
+from tests.pretrain.small_run import DEFORMABLE, SPARSE, small_recipe, small_shards
 from training.checkpoint import load_newest
 from training.run_folder import open_run_folder
 
@@ -42,6 +42,46 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(shards: Path, tmp_path
     assert losses(cut) == losses(whole)
     ours, theirs = weights(cut), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_sparse_detector_is_pretrained_in_bf16_evaluated_averaged_and_goes_on_to_the_bit(
+    shards: Path, tmp_path: Path
+) -> None:
+    told = (
+        *SPARSE, f"data.held_out={shards}", "loop.evaluate_every=4", "ema={decay: 0.9}",
+        "loop.precision=bf16", "queries.shuffle=true",
+    )  # fmt: skip
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_alone(small_recipe(shards, whole, *told), QUIET)
+    run_alone(small_recipe(shards, cut, *told, "loop.steps=4"), QUIET)
+    run_alone(small_recipe(shards, cut, *told), QUIET)
+    assert losses(cut) == losses(whole)
+    ours, theirs = weights(cut), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    lines = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    assert all(0 < line["loss/loss_mask_prediction"] < 2 for line in trained)
+    assert all(0 < line["loss/corr_mask_attn_map_dec_all"] < 1 for line in trained)
+    assert {"lr/rest", "lr/sampling"} <= trained[0].keys()
+    evaluated = [line for line in lines if line["kind"] == "evaluation"]
+    assert [line["step"] for line in evaluated] == [0, 4, 6]
+    assert {"eval/ap50", "eval/own_patch", "eval/loss_feature"} <= evaluated[0].keys()
+    draw_patches(str(cut), tmp_path / "found.png", count=2)
+    with Image.open(tmp_path / "found.png") as drawn:
+        assert drawn.width > 800
+
+
+def test_init_takes_the_weights_of_a_deformable_run(shards: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_alone(small_recipe(shards, first, *DEFORMABLE, "loop.steps=2"), QUIET)
+    recipe = small_recipe(
+        shards, second, *DEFORMABLE, f"init={first}", "optimiser.lr=1e-30",
+        "optimiser.sampling_lr=1e-30", "optimiser.weight_decay=0", "loop.steps=2",
+    )  # fmt: skip
+    run_alone(recipe, QUIET)
+    ours, theirs = weights(second), weights(first)
+    # What is zero at first, as a box head's last layer, moves by the rate.
+    assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-20) for name in theirs)
 
 
 def test_training_with_the_moving_average_evaluates_and_keeps_it(
