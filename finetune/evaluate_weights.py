@@ -79,7 +79,7 @@ def judge_weights(
     settings = load_recipe(JudgeSettings, {}, [text for text in overrides if text not in of_model])
     artefact = used_with(open_weights(source), of_model)
     data = open_detection_set(data_url, kind=kind, pictures=pictures)
-    fitting = settings.model_copy(update={"sizes": _sizes(artefact, settings)})
+    fitting = settings.model_copy(update={"sizes": picture_sizes(artefact, settings)})
     return _told(_judged(artefact, data, fitting, device, progress))
 
 
@@ -93,8 +93,8 @@ def evaluate_weights(
     """The numbers of a detector's boxes alone; sizes and errors as for `judge_weights`."""
     artefact = open_weights(source)
     data = open_detection_set(data_url)
-    fitting = settings.model_copy(update={"sizes": _sizes(artefact, settings)})
-    return _boxes(artefact, data, fitting, device, progress)
+    fitting = settings.model_copy(update={"sizes": picture_sizes(artefact, settings)})
+    return judged_boxes(artefact, data, fitting, device, progress)
 
 
 def _judged(
@@ -122,18 +122,19 @@ def _judged(
             model = finished_one_shot(artefact).to(device)
             return evaluate_one_shot(model, test, world, progress=progress)()
         case "detector" | "panoptic" | "patch_detector":
-            return _boxes(artefact, data, settings, device, progress)
+            return judged_boxes(artefact, data, settings, device, progress)
         case _:
             assert_never(artefact.kind)
 
 
-def _boxes(
+def judged_boxes(
     artefact: Artefact,
     data: DetectionSet,
     settings: EvaluationSettings,
     device: torch.device,
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> Evaluation:
+    """The numbers of the boxes that opened weights find; errors as for `judge_weights`."""
     detector = build_detector(artefact).to(device)
     classes = _classes(artefact, data)
     world = World.alone(device)
@@ -160,7 +161,8 @@ def _told(evaluation: Evaluation | PanopticEvaluation | OneShotEvaluation) -> Ju
             assert_never(evaluation)
 
 
-def _sizes(artefact: Artefact, settings: EvaluationSettings) -> EvaluationSizes:
+def picture_sizes(artefact: Artefact, settings: EvaluationSettings) -> EvaluationSizes:
+    """Those that the settings say, else those that the weights were made for."""
     if "sizes" in settings.model_fields_set:
         return settings.sizes
     return EvaluationSizes(short_side=artefact.input.short_side, max_size=artefact.input.max_size)

@@ -14,7 +14,7 @@ VOC. A picture that cannot be read is left out, its objects too, and is named in
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -87,6 +87,10 @@ class Evaluation:
     coco: CocoScores | None
     """None where it was not asked for."""
     voc: tuple[VocScores, ...]
+    selection: Mapping[str, float] = field(default_factory=dict)
+    """Of a detector that updates a part of its tokens: Corr, the share of the decoder's attention
+    that meets them, 0..1, of all and by level; the mean over batches weighted by their pictures.
+    """
 
     def numbers(self) -> dict[str, float]:
         """By name, `ap`, `ap50` ... of COCO, `voc07_ap50` ... of VOC; NaN where none exists."""
@@ -96,7 +100,7 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """The numbers that exist, by name, 0..1, and how many pictures could not be read."""
         known = {name: x for name, x in self.numbers().items() if not math.isnan(x)}
-        return {**known, "skipped": float(len(self.skipped))}
+        return {**known, **self.selection, "skipped": float(len(self.skipped))}
 
 
 def evaluate_detector(
@@ -174,6 +178,7 @@ def score_shares(
             for protocol in settings.protocols
             if protocol != "coco"
         ),
+        selection=_corr(shares, len(found)),
     )
 
 
@@ -186,6 +191,11 @@ def _coco(
     if "coco" not in settings.protocols:
         return None
     return score_coco(truths, detections, classes, settings.difficult, settings.max_detections)
+
+
+def _corr(shares: Sequence[Share], pictures: int) -> dict[str, float]:
+    names = sorted({name for share in shares for name in share.corr})
+    return {name: sum(share.corr.get(name, 0.0) for share in shares) / pictures for name in names}
 
 
 def _sample_id(picture: JudgedPicture) -> int:

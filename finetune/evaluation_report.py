@@ -44,6 +44,7 @@ def evaluation_json(evaluation: Evaluation) -> dict[str, object]:
         "pictures": evaluation.pictures,
         "difficult": evaluation.difficult,
         "numbers": evaluation.numbers(),
+        "selection": dict(evaluation.selection),
         "max_detections": evaluation.coco.max_detections if evaluation.coco else None,
         "classes": classes,
         "skipped": list(evaluation.skipped),
@@ -60,6 +61,8 @@ def _tables(evaluation: Evaluation) -> list[_Table]:
         tables.append(_coco_table(evaluation.coco, evaluation))
     if evaluation.voc:
         tables.append(_voc_table(evaluation.voc, evaluation))
+    if evaluation.selection:
+        tables.append(_selection_table(evaluation))
     return [*tables, _class_table(evaluation)]
 
 
@@ -73,6 +76,18 @@ def _voc_table(all_scores: Sequence[VocScores], evaluation: Evaluation) -> _Tabl
         (name, _shown(value)) for scores in all_scores for name, value in scores.numbers().items()
     )
     return _Table(f"VOC, {_set_words(evaluation)}", (("number", "value"), *rows))
+
+
+def _selection_table(evaluation: Evaluation) -> _Table:
+    """Sparse DETR, equation 5."""
+    rows = tuple((name, _shown(value)) for name, value in evaluation.selection.items())
+    title = "Corr: attention of the decoder that meets updated tokens"
+    return _Table(title, (("of", "value"), *((_of(name), value) for name, value in rows)))
+
+
+def _of(name: str) -> str:
+    last = name.rpartition("_")[2]
+    return "all levels" if last == "all" else f"level {last}"
 
 
 def _class_table(evaluation: Evaluation) -> _Table:

@@ -6,7 +6,7 @@ Detections leave the device once a batch, in float32. On its way to the other wo
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from data.evaluation_batches import EvaluationBatch
 from finetune.scores import PictureDetections, PictureTruth, truth_of
+from models.detector import Detector
 from models.interop.class_names import match_names
 from models.matching import ClassScores
 from models.postprocess import MAX_PAIRS, detections
+from models.selection_losses import selection_correlation
 from models.structures import Classes, DetectorOutput, Images, LayerOutput
 
 
@@ -43,6 +45,8 @@ class Share:
     """Detections of each class of the model that the data do not have."""
     not_finite: int = 0
     """Detections whose score or box is not a number; they do not count."""
+    corr: Mapping[str, float] = field(default_factory=dict)
+    """Corr of a token selection by the public code's names, summed over the pictures."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,15 @@ def predict_share(
     skipped: list[str] = []
     left_out: Counter[str] = Counter()
     not_finite = 0
+    corr: Counter[str] = Counter()
     for batch in batches:
         skipped += map(str, batch.skipped)
         if not batch.keys:
             continue
-        layer = _last_layer(model, batch.images, precision)
+        output = _answer(model, batch.images, precision)
+        for name, mean in selection_correlation(output).items():
+            corr[name] += float(mean) * len(batch.keys)
+        layer = output.groups[0].layers[-1]
         found = picture_detections(layer, batch.stored_sizes, class_scores, max_detections)
         truths = [truth_of(annotation, classes) for annotation in batch.annotations]
         for sample_id, truth, each in zip(batch.sample_ids.tolist(), truths, found, strict=True):
@@ -117,7 +125,7 @@ def predict_share(
             surest = _surest(_chosen(each, np.flatnonzero(known)), max_detections)
             renamed = replace(surest, labels=class_map.labels[surest.labels])
             pictures.append(JudgedPicture(sample_id, truth, renamed))
-    return Share(tuple(pictures), tuple(skipped), dict(left_out), not_finite)
+    return Share(tuple(pictures), tuple(skipped), dict(left_out), not_finite, dict(corr))
 
 
 def picture_detections(
@@ -135,12 +143,17 @@ def picture_detections(
     ]
 
 
-def _last_layer(
+def _answer(
     model: nn.Module, images: Images, precision: Literal["float32", "bf16"]
-) -> LayerOutput:
+) -> DetectorOutput:
+    """With the cross-attention where tokens are selected: Corr tells how well."""
     with torch.autocast(images.pixels.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        output: DetectorOutput = model(images)
-    return output.groups[0].layers[-1]
+        output: DetectorOutput
+        if isinstance(model, Detector) and model.settings.rho is not None:
+            output = model(images, record="cross")
+        else:
+            output = model(images)
+    return output
 
 
 def _surest(found: PictureDetections, count: int) -> PictureDetections:
