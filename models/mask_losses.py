@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float, Int16
 from pydantic import Field
 from torch import Tensor
 
+from models.focal import ALPHA, focal_losses
 from models.mask_head import MatchedMasks
 from models.matching import Matching
 from models.settings import Settings
 from models.structures import Losses
 
-FOCAL_ALPHA = 0.25
-"""Weight of pixels of the object; the others have 1 - alpha."""
+_GAMMA = 2.0
 
 
 class MaskLossWeights(Settings):
@@ -85,13 +85,8 @@ def true_masks(
 def focal_loss(
     logits: Float[Tensor, "masks height width"], wanted: Bool[Tensor, "masks height width"]
 ) -> Float[Tensor, " masks"]:
-    """The sigmoid focal loss of each mask with gamma 2, mean over its pixels."""
-    truth = wanted.to(logits.dtype)
-    entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    probability = logits.sigmoid()
-    miss = torch.where(wanted, 1 - probability, probability)
-    weight = torch.where(wanted, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
-    return (weight * miss.square() * entropy).mean((1, 2))
+    """The sigmoid focal loss of each mask, mean over its pixels."""
+    return focal_losses(logits, wanted, ALPHA, _GAMMA).mean((1, 2))
 
 
 def dice_loss(
