@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cluster.shard_cli import shards_app
 from cluster.show_cli import show_app
+from cluster.study_cli import study_app
 from cluster.words import (
     Address,
     Depth,
@@ -50,6 +51,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
 app.add_typer(shards_app, name="shards")
 app.add_typer(show_app, name="show")
+app.add_typer(study_app, name="study")
 
 
 @app.command()
@@ -96,6 +98,20 @@ def demo(
         from cluster.demo import run_demo
 
         run_demo(out, pictures, Console())
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What is installed, and which kernels run, and why; 1 if something is broken."""
+    with one_line_errors():
+        from cluster.doctor import doctor_json, doctor_text, findings, is_broken
+
+        found = findings()
+        typer.echo(doctor_json(found) if as_json else doctor_text(found))
+        if is_broken(found):
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import assert_never
 
 import fsspec
+import torch
 
+from cluster.kernels import check_kernels
 from cluster.stages import Recipe, free_keys, parsed_recipe
 from data.index import index_digest, read_index
 from data.order import batches_per_epoch
@@ -79,8 +81,11 @@ class CheckedInputs:
 def checked_inputs(recipe: Recipe, is_fresh: bool = True) -> CheckedInputs:
     """Reads what the run will read; the weights only where it `is_fresh`, without a checkpoint.
 
-    Raises the errors of the readers, or RefusedJob: too few pictures, or no such weights.
+    Raises the errors of the readers, RefusedJob: too few pictures, or no such weights; NoKernels,
+    where a GPU of this machine has none and the run would fall back to plain PyTorch.
     """
+    if recipe.resources.device != "cpu" and torch.cuda.is_available():
+        check_kernels(recipe, torch.device("cuda"))
     if is_fresh and recipe.model.backbone.weights is not None:
         _check_exists("model.backbone.weights", recipe.model.backbone.weights)
     if is_fresh and recipe.init is not None:

@@ -16,8 +16,10 @@ import torch
 from rich.console import Console
 
 from cluster.board import BoardDisplay
+from cluster.kernels import check_kernels
 from cluster.stages import Recipe, parsed_recipe, run_stage
 from cluster.storage import RayCheckpoints
+from models.ops.deformable import set_allow_reference
 from training.checkpoint import CheckpointWriter
 from training.job import Checkpoints
 from training.progress import Display, open_display
@@ -72,6 +74,8 @@ def run_worker(
     announced: Callable[[CheckpointWriter, World], Checkpoints],
 ) -> Position:
     """The stage of the recipe, on this worker; `announced` wraps the writer of checkpoints."""
+    set_allow_reference(recipe.ops.allow_reference)
+    check_kernels(recipe, world.device)
     folder = open_run_folder(recipe.run)
     uploads = Uploads()
     writer = CheckpointWriter(folder, uploads, recipe.checkpoints, world, recipe_digest(recipe))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from models.ops.deformable import OpsSettings
 from models.settings import Settings
 from training.ema import EmaSettings
 from training.job import LoopSettings
@@ -15,6 +16,7 @@ from training.schedule import ScheduleSettings
 FREE_KEYS = (
     "run",
     "resources.",
+    "ops.",
     "data.stream.",
     "loop.log_every",
     "loop.checkpoint_every_steps",
@@ -53,6 +55,8 @@ class RunRecipe(Settings):
     """Which checkpoints stay."""
     resources: Resources = Resources()
     """Workers and devices."""
+    ops: OpsSettings = OpsSettings()
+    """How operators are computed."""
 
     def check_workers(self) -> None:
         """Raises ValueError where workers would be without a picture."""

@@ -112,15 +112,20 @@ def write_cubin(file: Path, cubin: bytes) -> None:
         _LOG.info("compiled kernels are kept in memory only: %s", error)
 
 
-def _cache_file(name: str) -> Path | None:
-    """None where there is no home to keep it in."""
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept; None where there is no home to keep them in."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     if given:
-        return Path(given) / "querypatch" / name
+        return Path(given) / "querypatch"
     try:
-        return Path.home() / ".cache" / "querypatch" / name
+        return Path.home() / ".cache" / "querypatch"
     except RuntimeError:  # the user has no home directory
         return None
+
+
+def _cache_file(name: str) -> Path | None:
+    folder = cache_folder()
+    return None if folder is None else folder / name
 
 
 @dataclass(frozen=True)
