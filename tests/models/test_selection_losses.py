@@ -116,7 +116,7 @@ def test_padding_learns_nothing_and_its_scores_change_nothing() -> None:
     (gradient,) = torch.autograd.grad(loss.sum(), scores)
     assert gradient[0, 3:].tolist() == [0, 0]
     assert bool((gradient[0, :3] != 0).all())
-    other = scores.detach().masked_fill(padding, -torch.inf).requires_grad_()
+    other = scores.detach().masked_fill(padding, torch.nan).requires_grad_()
     masked = scoring_losses(other, wanted, padding)
     torch.testing.assert_close(masked, loss)
     torch.testing.assert_close(torch.autograd.grad(masked.sum(), other), (gradient,))
