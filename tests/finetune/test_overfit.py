@@ -1,10 +1,11 @@
 """The whole of finetuning on genuine photographs: it can learn a handful of them by heart."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from benchmarks.overfit import overfit_recipe
+from benchmarks.overfit import Family, overfit_recipe
 from finetune.keeping import history_of
 from tests.finetune.small_run import run_whole
 from training.run_folder import open_run_folder
@@ -12,8 +13,9 @@ from training.run_folder import open_run_folder
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.parametrize("family", get_args(Family))
 def test_sixteen_pictures_of_voc_are_learned_to_an_ap50_over_nine_tenths(
-    shared_data: Path, tmp_path: Path
+    family: Family, shared_data: Path, tmp_path: Path
 ) -> None:
     recipe = overfit_recipe(
         f"{shared_data / 'VOCdevkit/VOC2012'}#train",
@@ -23,6 +25,7 @@ def test_sixteen_pictures_of_voc_are_learned_to_an_ap50_over_nine_tenths(
         choice=16,  # 24 objects, none of them small: they can be told apart at a stride of 16
         steps=240,
         side=128,
+        family=family,
     )
     run_whole(recipe)
     (first, untrained), *_, (last, learned) = history_of(open_run_folder(recipe.run), "eval/ap50")
