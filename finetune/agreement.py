@@ -76,11 +76,11 @@ def _agreed(
     settings: DetectorSettings, artefact: Artefact, values: Mapping[str, object]
 ) -> DetectorSettings:
     given, told = dict(_said(settings)), dict(_leaves(artefact.detector))
-    fixed, free = ARCHITECTURE, CHOICES
+    fixed, free = list(ARCHITECTURE), list(CHOICES)
     if given.get("two_stage", told["two_stage"]) or told["two_stage"]:
         # Queries that are made of proposals have no tensors of their own.
-        fixed = tuple(key for key in ARCHITECTURE if key != "num_queries")
-        free = (*CHOICES, "num_queries")
+        fixed.remove("num_queries")
+        free.append("num_queries")
     taken = {key: given.get(key, told[key]) for key in free}
     for key in fixed:
         taken[key] = given[key] if key in artefact.guessed and key in given else told[key]
