@@ -101,7 +101,7 @@ __device__ __forceinline__ Head<Shape> head_of(const Arguments& a) {
   head.g = static_cast<const Stored*>(a.grad_output) + head.at.pair * a.channels;
   head.channels_per_token = a.heads * a.channels;
   head.bytes_per_token = head.channels_per_token * static_cast<int>(sizeof(Stored));
-  head.scatters = a.grad_value != nullptr && head.at.active;
+  head.scatters = a.grad_value != nullptr;
   head.by = {1.0, 1.0};
   if constexpr (whole) {
     head.by = whole_scale(a, head.at.image);
