@@ -57,7 +57,8 @@ def _check_value(value: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> No
         cells += rows * columns
     if value.shape[1] != cells:
         raise ValueError(
-            f"value has {value.shape[1]} tokens, spatial_shapes {tuple(spatial_shapes)} hold {cells}"
+            f"value has {value.shape[1]} tokens, spatial_shapes {tuple(spatial_shapes)} hold "
+            f"{cells}"
         )
 
 

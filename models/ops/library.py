@@ -24,7 +24,7 @@ class Library:
 
     path: str
     cpu_isa: str
-    """Which instructions the CPU kernels use; "" where QUERYPATCH_CPU_ISA asks for the impossible."""
+    """Instructions of the CPU kernels; "" where QUERYPATCH_CPU_ISA asks for the impossible."""
     cubins: tuple[int, ...]
     """Architectures with machine code inside, e.g. 90 for sm_90."""
 
@@ -52,7 +52,7 @@ def load_library() -> Library | Missing:
 def open_library(path: str) -> Library | Missing:
     """Loads the file, whose operators must not be registered yet."""
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
         library = ctypes.CDLL(path)
         schema = int(library.querypatch_schema())
     except (OSError, AttributeError) as error:

@@ -1,6 +1,8 @@
 // Which CPU kernels run here, and what they need of torch and the C library.
 #include "cpu.h"
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -68,8 +70,15 @@ int64_t count_threads() {
 }
 
 void* allocate(int64_t bytes) {
-  const size_t rounded = (static_cast<size_t>(bytes) + 63) / 64 * 64;
-  return std::aligned_alloc(64, rounded ? rounded : 64);
+  constexpr size_t huge_page = size_t{1} << 21;
+  const size_t alignment = static_cast<size_t>(bytes) >= huge_page ? huge_page : 64;
+  const size_t rounded = (static_cast<size_t>(bytes) / alignment + 1) * alignment;
+  void* memory = std::aligned_alloc(alignment, rounded);
+#ifdef MADV_HUGEPAGE
+  // A gather touches pages at random; where it fails nothing is lost.
+  if (memory && alignment == huge_page) madvise(memory, rounded, MADV_HUGEPAGE);
+#endif
+  return memory;
 }
 
 void release(void* memory) { std::free(memory); }

@@ -26,13 +26,15 @@ QUERYPATCH_INLINE void scatter(const TaskRows<typename A::Real>& rows, int64_t f
         const auto at = s.corner_at[c][k + i];
         const bool outside = InPlace && at < 0;
         if constexpr (Points) {
-          const auto* row = (outside ? rows.zeros : rows.value + at) + first_channel;
+          const auto* row =
+              in_register((outside ? rows.zeros : rows.value + at) + first_channel);
           V product = g[0] * load(row);
           for (int v = 1; v < N; v++) product += g[v] * load(row + v * A::width);
           products[4 * i + c] = product;
         }
         if constexpr (Value) {
-          auto* row = (outside ? rows.unwanted : rows.gradient + at) + first_channel;
+          auto* row =
+              in_register((outside ? rows.unwanted : rows.gradient + at) + first_channel);
           const V weight = all<A>(s.corner_weight[c][k + i]);
           for (int v = 0; v < N; v++) {
             auto* place = row + v * A::width;
@@ -49,24 +51,20 @@ template <class A, bool InPlace, bool Value, bool Points>
 QUERYPATCH_INLINE void scatter_channels(const TaskRows<typename A::Real>& rows, int64_t channels,
                                         const Lattice<A>& lattice, const typename A::Real* grad,
                                         Samples<A>& s) {
-  constexpr int width = A::width;
   const int64_t lanes = padded(lattice.samples, together<A>);
   if constexpr (Points) set_zero<A>(s.dot, 4 * lattice.lanes);
   int64_t done = 0;
-  const auto left = [&] { return (channels - done) / width; };
-  for (; left() >= 8; done += 8 * width)
-    scatter<A, 8, InPlace, Value, Points>(rows, done, lanes, grad, s);
-  for (; left() >= 4; done += 4 * width)
-    scatter<A, 4, InPlace, Value, Points>(rows, done, lanes, grad, s);
-  for (; left() >= 2; done += 2 * width)
-    scatter<A, 2, InPlace, Value, Points>(rows, done, lanes, grad, s);
-  for (; left() >= 1; done += width)
-    scatter<A, 1, InPlace, Value, Points>(rows, done, lanes, grad, s);
+  const auto some = [&](auto vectors) {
+    constexpr int n = decltype(vectors)::count;
+    for (; channels - done >= n * A::width; done += n * A::width)
+      scatter<A, n, InPlace, Value, Points>(rows, done, lanes, grad, s);
+  };
+  for_vectors<most_vectors<A>>(some);
 }
 
 // From the corners' products to the gradients of x, y (in cells) and of the attention weight.
 template <class A>
-QUERYPATCH_INLINE void combine_corners(int64_t lanes, Samples<A>& s) {
+QUERYPATCH_SHARED void combine_corners(int64_t lanes, Samples<A>& s) {
   using V = typename A::Vector;
   const auto every = AllLanes<A>{};
   for (int64_t i = 0; i < lanes; i += A::width) {
@@ -103,7 +101,7 @@ QUERYPATCH_INLINE void write_pairs(const Problem& p, const Lattice<A>& lattice, 
 
 // The classic operator's gradients of one query, head and the lattice's levels.
 template <class A>
-QUERYPATCH_INLINE void finish_classic(const Problem& p, const BackwardTensors& t,
+QUERYPATCH_SHARED void finish_classic(const Problem& p, const BackwardTensors& t,
                                       const Lattice<A>& lattice, int64_t row, Samples<A>& s) {
   if (t.grad_points) {
     for (int64_t i = 0; i < lattice.lanes; i += A::width) {
@@ -119,7 +117,7 @@ QUERYPATCH_INLINE void finish_classic(const Problem& p, const BackwardTensors& t
 // The fused operator's gradients of one query and head, all levels; s.weight holds the softmax and
 // s.size_x, s.size_y the boxes' sizes. The softmax's gradient is w * (g - sum of w * g).
 template <class A>
-QUERYPATCH_INLINE void finish_fused(const Problem& p, const BackwardTensors& t,
+QUERYPATCH_SHARED void finish_fused(const Problem& p, const BackwardTensors& t,
                                     const Lattice<A>& lattice, int64_t row, Samples<A>& s) {
   using V = typename A::Vector;
   if (t.grad_points) {

@@ -52,6 +52,9 @@ void walk_queries(const Backward<A>& work, const Walk<A>& walk, typename A::Real
   s.weight += lattice.first_sample - weighed.first_sample;
   for (int64_t q = 0; q < p.queries; q++) {
     const int64_t row = (walk.image * p.queries + q) * p.heads + walk.head;
+    prefetch_samples(p, lattice, work.t.points, work.t.weights, row);
+    prefetch(p.value_type, work.t.grad_output, (row + queries_ahead * p.heads) * p.channels,
+             p.channels);
     read(p.value_type, work.t.grad_output, row * p.channels, p.channels, grad);
     read_weights(p, weighed, work.t.weights, row, weights);
     locate(p, lattice, work.t.points, work.t.references, row, s);

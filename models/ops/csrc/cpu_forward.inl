@@ -2,39 +2,40 @@
 
 constexpr int64_t queries_a_task = 256;
 
-// Vectors [0, N) of the weighted sum of rows. Two sets of sums keep enough additions in flight.
+// N vectors of the weighted sum of rows. Two sets of sums keep enough additions in flight.
 template <class A, class T, int N, bool InPlace>
 QUERYPATCH_INLINE void gather(const T* rows, const T* zeros, int64_t samples, const Samples<A>& s,
                               typename A::Real* to) {
   using V = typename A::Vector;
+  constexpr bool two_sets = N <= 4;
   V even[N] = {}, odd[N] = {};
   for (int64_t k = 0; k < samples; k++) {
-    for (int c = 0; c < 4; c++) {
+    // Written out: a loop over the corners would keep the sums in memory (gcc 12).
+    const auto corner = [&](int c, V* sum) QUERYPATCH_INLINE_LAMBDA {
       const auto at = s.corner_at[c][k];
       const T* row = in_register(InPlace && at < 0 ? zeros : rows + at);
       const V weight = all<A>(s.corner_weight[c][k]);
-      V* sum = c % 2 ? odd : even;
       for (int v = 0; v < N; v++) sum[v] += weight * load(row + v * A::width);
-    }
+    };
+    corner(0, even);
+    corner(1, two_sets ? odd : even);
+    corner(2, even);
+    corner(3, two_sets ? odd : even);
   }
-  for (int v = 0; v < N; v++) store(to + v * A::width, even[v] + odd[v]);
+  for (int v = 0; v < N; v++) store(to + v * A::width, two_sets ? even[v] + odd[v] : even[v]);
 }
 
 template <class A, class T, bool InPlace>
 QUERYPATCH_INLINE void gather_channels(const T* rows, const T* zeros, int64_t channels,
                                        int64_t samples, const Samples<A>& s,
                                        typename A::Real* to) {
-  constexpr int width = A::width;
   int64_t done = 0;
-  const auto left = [&] { return (channels - done) / width; };
-  for (; left() >= 8; done += 8 * width)
-    gather<A, T, 8, InPlace>(rows + done, zeros, samples, s, to + done);
-  for (; left() >= 4; done += 4 * width)
-    gather<A, T, 4, InPlace>(rows + done, zeros, samples, s, to + done);
-  for (; left() >= 2; done += 2 * width)
-    gather<A, T, 2, InPlace>(rows + done, zeros, samples, s, to + done);
-  for (; left() >= 1; done += width)
-    gather<A, T, 1, InPlace>(rows + done, zeros, samples, s, to + done);
+  const auto some = [&](auto vectors) {
+    constexpr int n = decltype(vectors)::count;
+    for (; channels - done >= n * A::width; done += n * A::width)
+      gather<A, T, n, InPlace>(rows + done, zeros, samples, s, to + done);
+  };
+  for_vectors<most_vectors<A>>(some);
 }
 
 // Output of queries [begin, end) of an image and head, whose rows begin at `rows`.
@@ -98,6 +99,7 @@ template <class A>
 const char* forward_by_slabs(const Problem& p, const ForwardTensors& t) {
   using Real = typename A::Real;
   const int64_t width = row_channels<A>(p), slab = (p.tokens + 1) * width;
+  const int64_t stride = p.heads * p.channels;
   if (slab >= most_elements) return too_large();
   const Lattice<A> lattice(p, 0, p.levels, width);
   const Arrays<Real> slabs(p.heads, slab);
@@ -106,11 +108,12 @@ const char* forward_by_slabs(const Problem& p, const ForwardTensors& t) {
     set_zero<A>(slabs[head] + p.tokens * width, width);
   for (int64_t image = 0; image < p.batch; image++) {
     in_parallel(p.tokens, 256, [&](int64_t begin, int64_t end) {
-      for (int64_t token = begin; token < end; token++)
+      for (int64_t token = begin; token < end; token += 16)
         for (int64_t head = 0; head < p.heads; head++)
-          read(p.value_type, t.value,
-               ((image * p.tokens + token) * p.heads + head) * p.channels, p.channels,
-               slabs[head] + token * width);
+          copy_rows(p.value_type, t.value,
+                    (image * p.tokens + token) * stride + head * p.channels, stride,
+                    token + 16 < end ? 16 : end - token, p.channels, slabs[head] + token * width,
+                    width);
     });
     const char* failure = over_queries(p, [&](int64_t head, int64_t begin, int64_t end) {
       return forward_run<A, Real, false>(p, t, lattice, slabs[head], width, p.tokens * width, image,

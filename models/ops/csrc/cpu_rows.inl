@@ -38,25 +38,62 @@ QUERYPATCH_INLINE void set_zero(typename A::Real* to, int64_t count) {
   __builtin_memset(to, 0, static_cast<size_t>(count) * sizeof(*to));
 }
 
+// Rows that lie `stride` apart from element `first` on, into rows side by side, `width` apart.
+template <class T, class Real>
+QUERYPATCH_INLINE void copy_rows_as(const T* from, int64_t first, int64_t stride, int64_t rows,
+                                    int64_t channels, Real* to, int64_t width) {
+  for (int64_t row = 0; row < rows; row++)
+    read_as(from + first + row * stride, channels, to + row * width);
+}
+QUERYPATCH_SHARED void copy_rows(Number type, const void* from, int64_t first, int64_t stride,
+                                 int64_t rows, int64_t channels, float* to, int64_t width) {
+  if (type == Number::bfloat16)
+    copy_rows_as(static_cast<const BFloat16*>(from), first, stride, rows, channels, to, width);
+  else if (type == Number::float16)
+    copy_rows_as(static_cast<const Half*>(from), first, stride, rows, channels, to, width);
+  else
+    copy_rows_as(static_cast<const float*>(from), first, stride, rows, channels, to, width);
+}
+QUERYPATCH_SHARED void copy_rows(Number, const void* from, int64_t first, int64_t stride,
+                                 int64_t rows, int64_t channels, double* to, int64_t width) {
+  copy_rows_as(static_cast<const double*>(from), first, stride, rows, channels, to, width);
+}
+
 // `tokens` rows of one image and head from `first_token` on, and the row of zeros.
 template <class A>
-void copy_slab(const Problem& p, const void* value, int64_t image, int64_t head,
-               int64_t first_token, int64_t tokens, typename A::Real* slab) {
+QUERYPATCH_SHARED void copy_slab(const Problem& p, const void* value, int64_t image, int64_t head,
+                                 int64_t first_token, int64_t tokens, typename A::Real* slab) {
   const int64_t width = row_channels<A>(p), stride = p.heads * p.channels;
   const int64_t first = (image * p.tokens + first_token) * stride + head * p.channels;
-  for (int64_t t = 0; t < tokens; t++)
-    read(p.value_type, value, first + t * stride, p.channels, slab + t * width);
+  copy_rows(p.value_type, value, first, stride, tokens, p.channels, slab, width);
   set_zero<A>(slab + tokens * width, width);
 }
 
 template <class A>
-void write_slab(const Problem& p, void* value, int64_t image, int64_t head, int64_t first_token,
-                int64_t tokens, const typename A::Real* slab) {
+QUERYPATCH_SHARED void write_slab(const Problem& p, void* value, int64_t image, int64_t head,
+                                  int64_t first_token, int64_t tokens,
+                                  const typename A::Real* slab) {
   const int64_t width = row_channels<A>(p), stride = p.heads * p.channels;
   const int64_t first = (image * p.tokens + first_token) * stride + head * p.channels;
   for (int64_t t = 0; t < tokens; t++)
     write(p.value_type, value, first + t * stride, p.channels, slab + t * width);
 }
+
+// Calls `part` with 8, 4, 2 and 1 vectors at once, from the most on: part(Vectors<4>{}), ...
+template <int N>
+struct Vectors {
+  static constexpr int count = N;
+};
+template <int N, class Part>
+QUERYPATCH_INLINE void for_vectors(const Part& part) {
+  part(Vectors<N>{});
+  if constexpr (N > 1) for_vectors<N / 2>(part);
+}
+// As many as registers hold sums of; double precision is for checks, not for speed.
+template <class A>
+constexpr int most_vectors = vector_bytes == 64 ? 4 : 8;
+template <>
+constexpr int most_vectors<Double> = 1;
 
 // body(begin, end) on torch's threads.
 template <class Body>

@@ -34,7 +34,7 @@ QUERYPATCH_INLINE void write_as(T* to, int64_t count, const Real* from) {
   store(rest, load(from + i));
   __builtin_memcpy(to + i, rest, static_cast<size_t>(count - i) * sizeof(T));
 }
-QUERYPATCH_INLINE void read(Number type, const void* from, int64_t at, int64_t count, float* to) {
+QUERYPATCH_SHARED void read(Number type, const void* from, int64_t at, int64_t count, float* to) {
   switch (type) {
     case Number::bfloat16:
       return read_as(static_cast<const BFloat16*>(from) + at, count, to);
@@ -44,10 +44,10 @@ QUERYPATCH_INLINE void read(Number type, const void* from, int64_t at, int64_t c
       return read_as(static_cast<const float*>(from) + at, count, to);
   }
 }
-QUERYPATCH_INLINE void read(Number, const void* from, int64_t at, int64_t count, double* to) {
+QUERYPATCH_SHARED void read(Number, const void* from, int64_t at, int64_t count, double* to) {
   read_as(static_cast<const double*>(from) + at, count, to);
 }
-QUERYPATCH_INLINE void write(Number type, void* to, int64_t at, int64_t count, const float* from) {
+QUERYPATCH_SHARED void write(Number type, void* to, int64_t at, int64_t count, const float* from) {
   switch (type) {
     case Number::bfloat16:
       return write_as(static_cast<BFloat16*>(to) + at, count, from);
@@ -57,7 +57,7 @@ QUERYPATCH_INLINE void write(Number type, void* to, int64_t at, int64_t count, c
       return write_as(static_cast<float*>(to) + at, count, from);
   }
 }
-QUERYPATCH_INLINE void write(Number, void* to, int64_t at, int64_t count, const double* from) {
+QUERYPATCH_SHARED void write(Number, void* to, int64_t at, int64_t count, const double* from) {
   write_as(static_cast<double*>(to) + at, count, from);
 }
 
@@ -207,7 +207,7 @@ QUERYPATCH_INLINE void split_pairs(int64_t lanes, Samples<A>& s) {
 // The weights of query and head number `row` = (batch * queries + query) * heads + head: all of
 // them for the softmax, of the lattice's levels for the classic operator.
 template <class A>
-QUERYPATCH_INLINE void read_weights(const Problem& p, const Lattice<A>& lattice,
+QUERYPATCH_SHARED void read_weights(const Problem& p, const Lattice<A>& lattice,
                                     const void* weights, int64_t row, typename A::Real* to) {
   const int64_t at = row * p.levels * p.points + lattice.first_sample;
   read(p.weight_type, weights, at, lattice.samples, to);
@@ -229,6 +229,7 @@ QUERYPATCH_INLINE void prefetch(Number type, const void* from, int64_t at, int64
 
 constexpr int64_t queries_ahead = 4;
 
+// Not a function of its own: gcc would find that it does nothing and leave it out.
 template <class A>
 QUERYPATCH_INLINE void prefetch_samples(const Problem& p, const Lattice<A>& lattice,
                                         const void* points, const void* weights, int64_t row) {
@@ -240,7 +241,7 @@ QUERYPATCH_INLINE void prefetch_samples(const Problem& p, const Lattice<A>& latt
 
 // x and y in cells.
 template <class A>
-QUERYPATCH_INLINE void locate(const Problem& p, const Lattice<A>& lattice, const void* points,
+QUERYPATCH_SHARED void locate(const Problem& p, const Lattice<A>& lattice, const void* points,
                               const void* references, int64_t row, Samples<A>& s) {
   using Real = typename A::Real;
   const int64_t at = row * p.levels * p.points + lattice.first_sample;
@@ -280,7 +281,7 @@ QUERYPATCH_INLINE void locate(const Problem& p, const Lattice<A>& lattice, const
 // The corners of located samples. One outside its level gets the row `outside` and no weight; so
 // does every corner of a location that is not a number.
 template <class A>
-QUERYPATCH_INLINE void find_corners(const Lattice<A>& lattice, int64_t row_elements,
+QUERYPATCH_SHARED void find_corners(const Lattice<A>& lattice, int64_t row_elements,
                                     int64_t outside, Samples<A>& s) {
   using V = typename A::Vector;
   using I = typename A::Integers;

@@ -33,6 +33,9 @@ typedef uint32_t Words __attribute__((vector_size(vector_bytes)));
 typedef uint16_t Shorts __attribute__((vector_size(vector_bytes / 2)));
 
 #define QUERYPATCH_INLINE inline __attribute__((always_inline))
+#define QUERYPATCH_INLINE_LAMBDA __attribute__((always_inline))
+// One copy for all that call it: what runs once a query need not be compiled forty times.
+#define QUERYPATCH_SHARED __attribute__((noinline))
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define QUERYPATCH_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
