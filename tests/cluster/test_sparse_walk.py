@@ -64,6 +64,8 @@ stage: finetune
 global_batch: 3
 model:
   backbone: {train: false}
+  encoder_attention: deformable
+  decoder_attention: deformable
   two_stage: true
   box_refinement: true
   class_scores: sigmoid
