@@ -112,3 +112,19 @@ def test_weights_of_one_run_begin_another_of_the_family(sets: Path, tmp_path: Pa
     found = open_weights(str(sparse))
     assert (found.detector.rho, found.detector.two_stage) == (0.4, True)
     assert str(plain) in found.provenance.init[0]
+
+
+def test_a_sparse_detector_learns_two_pictures(tmp_path: Path) -> None:
+    """Every loss that it has falls: of the decoder, of tokens, of the scoring network."""
+    sets, run = small_sets(tmp_path, count=2), tmp_path / "run"
+    told = (
+        *SPARSE, "global_batch=2", "data.augment={kind: none, short_sides: [40], max_size: 64}",
+        "loop.steps=25", "loop.checkpoint_every_steps=25", "optimiser.lr=2e-3", "model.dropout=0",
+    )  # fmt: skip
+    run_whole(small_recipe(sets, run, *told))
+    first, last = (lines(run, "train")[step] for step in (0, -1))
+    terms = [name for name in first if name.startswith("loss/loss_ce")]
+    assert {"loss/loss_ce", "loss/loss_ce_0", "loss/loss_ce_enc", "loss/loss_ce_enc_0"} <= {*terms}
+    assert last["loss"] < 0.9 * first["loss"]
+    for name in (*terms, "loss/loss_mask_prediction"):
+        assert last[name] < first[name]
