@@ -77,7 +77,7 @@ def _check_samples(
     _check_device(*weights, value)
 
 
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...]) -> None:
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int | torch.SymInt | str, ...]) -> None:
     """Words stand for any size."""
     fits = tensor.dim() == len(expected) and all(
         isinstance(wanted, str) or size == wanted

@@ -1,4 +1,4 @@
-"""Tiny problems for the operator, of every shape that could go wrong, and how far results may be."""
+"""Tiny problems for the operator, of every shape that could go wrong, and how far results are."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
