@@ -155,30 +155,33 @@ def _supervised(
     """All predictions that are matched, those of the decoder first."""
     (group,) = output.groups
     decoder = decoder_layers(group, targets, reconstruction)
-    of_tokens = _token_targets(targets, supervision)
-    return (decoder, *_of_tokens(output.memory, of_tokens, supervision.legacy_padding))
+    return (decoder, *_of_tokens(output.memory, targets, supervision))
 
 
-def _of_tokens(memory: Memory, targets: Targets, legacy_padding: bool) -> tuple[Supervised, ...]:
+def _of_tokens(
+    memory: Memory, targets: Targets, supervision: Supervision
+) -> tuple[Supervised, ...]:
     """What tokens say, wherever they are asked.
 
-    Encoder layers speak for a picture's selected tokens; those that fill up its row are not heard,
-    or its losses would depend on the other pictures of the batch (as in the released code).
+    Encoder layers speak for a picture's selected tokens, always of its true classes; tokens that
+    fill up its row are not heard, or its losses would depend on the other pictures of the batch (as
+    in the released code).
     """
     supervised: list[Supervised] = []
+    coarse = _token_targets(targets, supervision)
     if memory.proposals is not None:
-        supervised.append(_tokens((memory.proposals,), ("the proposals",), ("_enc",), targets))
+        supervised.append(_tokens((memory.proposals,), ("the proposals",), ("_enc",), coarse))
     if memory.encoder_layers:
         numbers = range(len(memory.encoder_layers))
         places = tuple(f"encoder layer {number}" for number in numbers)
         suffixes = tuple(f"_enc_{number}" for number in numbers)
         heard = None
-        if memory.selection is not None and not legacy_padding:
+        if memory.selection is not None and not supervision.legacy_padding:
             heard = memory.selection.kept
         supervised.append(_tokens(memory.encoder_layers, places, suffixes, targets, heard))
     if memory.objectness is not None:
         places = ("the tokens before the encoder",)
-        supervised.append(_tokens((memory.objectness,), places, ("_backbone",), targets))
+        supervised.append(_tokens((memory.objectness,), places, ("_backbone",), coarse))
     return tuple(supervised)
 
 

@@ -151,7 +151,7 @@ def test_terms_have_the_names_of_the_public_code() -> None:
 
 @pytest.mark.parametrize("supervision", [ALL, BINARY])
 def test_tokens_are_matched_and_supervised_by_themselves(supervision: Supervision) -> None:
-    """Sparse DETR, 3.3; with binary labels every object is class 0 to tokens, and only to them."""
+    """Sparse DETR, 3.3; binary labels make every object class 0 to proposals and scores."""
     output, of = sparse_output(), targets(2, 3, 0)
     losses = detection_losses(output, of, WEIGHTS, COSTS, replace(supervision, legacy_padding=True))
     ours = of
@@ -163,7 +163,7 @@ def test_tokens_are_matched_and_supervised_by_themselves(supervision: Supervisio
     alone = {
         "": set_losses(output.groups[0], of, WEIGHTS, COSTS, class_scores="sigmoid"),
         "_enc": of_layers([memory.proposals], ours),
-        "_enc_1": of_layers(memory.encoder_layers, ours),
+        "_enc_1": of_layers(memory.encoder_layers, of),
         "_backbone": of_layers([memory.objectness], ours),
     }
     for suffix, expected in alone.items():

@@ -16,7 +16,7 @@ from models.detector import Detector
 from models.detector_settings import DetectorSettings
 from models.interop.deformable import layout_of, load_deformable, public_names
 from models.interop.deformable_settings import deformable_settings
-from models.losses import LossWeights, set_losses
+from models.losses import LossWeights
 from models.structures import (
     DetectorOutput,
     GroupOutput,
@@ -182,11 +182,11 @@ def _training(
         f"aux_enc_{number}": reordered_tokens(said, selected)
         for number, said in enumerate(memory.encoder_layers)
     }
+    yield from compare_matching(case, tokens, targets, "sigmoid")
     if memory.proposals is not None:
-        tokens["enc"] = memory.proposals
-    binary = Targets(targets.boxes_cxcywh, tuple(map(torch.zeros_like, targets.labels)))
-    wanted = binary if supervision.proposal_classes == "binary" else targets
-    yield from compare_matching(case, tokens, wanted, "sigmoid")
+        binary = Targets(targets.boxes_cxcywh, tuple(map(torch.zeros_like, targets.labels)))
+        wanted = binary if supervision.proposal_classes == "binary" else targets
+        yield from compare_matching(case, {"enc": memory.proposals}, wanted, "sigmoid")
     config = case.config
     boxes = {
         "boxes_l1": float(config["bbox_loss_coef"]),
@@ -224,15 +224,32 @@ def _losses(
     weights: LossWeights,
     supervision: Supervision,
 ) -> Losses:
-    """Our losses; without auxiliary ones those of the earlier decoder layers are taken off."""
+    """Our losses; with aux_loss off all terms, and the total of those that are left."""
     costs = costs_of(case.config)
     losses = detection_losses(output, targets, weights, costs, supervision)
-    (group,) = output.groups
-    if case.config["aux_loss"] or len(group.layers) == 1:
+    if case.config["aux_loss"]:
         return losses
-    earlier = GroupOutput(group.name, group.layers[:-1])
-    others = set_losses(earlier, targets, weights, costs, class_scores="sigmoid")
-    return replace(losses, total=losses.total - others.total)
+    left = detection_losses(_without_auxiliary(case, output), targets, weights, costs, supervision)
+    return replace(losses, total=left.total)
+
+
+def _without_auxiliary(case: Case, output: DetectorOutput) -> DetectorOutput:
+    """The last decoder layer alone, which looks where all of them look, for the DAM.
+
+    Without proposals where their terms have no weight either, as in Deformable DETR.
+    """
+    (group,) = output.groups
+    looks = [layer.cross_attention for layer in group.layers]
+    sampled = [look for look in looks if isinstance(look, SampledAttention)]
+    everywhere = SampledAttention(
+        torch.cat([look.locations for look in sampled], dim=4),
+        torch.cat([look.weights for look in sampled], dim=4),
+    )
+    last = replace(group.layers[-1], cross_attention=everywhere)
+    memory = output.memory
+    if not case.loss_weights.get("loss_ce_enc"):
+        memory = replace(memory, proposals=None)
+    return DetectorOutput((GroupOutput(group.name, (last,)),), memory)
 
 
 def _reordered(layers: tuple[LayerOutput, ...], order: Order) -> tuple[LayerOutput, ...]:

@@ -1,6 +1,7 @@
-"""Every case here is what the public DETR or UP-DETR code computed; see `formula` for its inputs.
+"""Every case here is what public code computed: of DETR, UP-DETR, Deformable or Sparse DETR.
 
-The cases of ResNet-18 were made beside the shared ones, by the same code with other sizes.
+See `formula` for its inputs. The cases of ResNet-18 and those of deformable detectors with two or
+three layers were made beside the shared ones, by the same code with other sizes and options.
 """
 
 from dataclasses import replace

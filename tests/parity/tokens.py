@@ -5,7 +5,6 @@ order, since near ties may come the other way round.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -205,7 +204,13 @@ def _corr(attention_map: Tensor, memory: Memory, picture: int) -> Tensor:
     here = slice(picture, picture + 1)
     selection = memory.selection
     alone = TokenSelection(selection.indices[here], selection.kept[here], None)
-    of_picture = replace(memory, padding=memory.padding[here])
+    of_picture = Memory(
+        tokens=memory.tokens[here],
+        position=memory.position[here],
+        padding=memory.padding[here],
+        spatial_shapes=memory.spatial_shapes,
+        valid_ratios=memory.valid_ratios[here],
+    )
     shares = correlation(attention_map[here], of_picture, alone, legacy_padding=True)
     return torch.stack(list(shares.values()))
 
