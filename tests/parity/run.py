@@ -15,6 +15,7 @@ from tests.parity.case import (
 from tests.parity.criterion import run_criterion, run_postprocess
 from tests.parity.deformable import run_deformable
 from tests.parity.detector import run_detector, run_patch_detector
+from tests.parity.msda import run_operator
 from tests.parity.panoptic import run_panoptic
 
 _DEFORMABLE = ("deformable_detr", "efficient_detr", "sparse_detr")
@@ -47,6 +48,8 @@ def _runner(case: Case) -> Iterator[Finding]:
         return run_criterion(case)
     if kind == "postprocess_detr":
         return run_postprocess(case)
+    if kind == "msda_op":
+        return run_operator(case)
     raise NotSupportedError(f"the model {kind}")
 
 
