@@ -15,6 +15,9 @@ patch is added to the content instead, and the reference point stays that of the
 - A pooled feature cannot say where the patch was: points that moved with it would only lose the
   spread over the picture that a group of N / M queries begins with.
 - Finetuning with top-k proposals puts a token's feature in that place (`models.proposals`).
+
+This is reasoned, not measured: after 600 steps on drawn feature maps, a patch in the position
+vector and one in the content had learned equally little of whose patch is whose.
 """
 
 from dataclasses import dataclass
