@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from models.ops.reference import fused_deformable_attention, locations_and_weights
+from models.ops.deformable import fused_deformable_attention
+from models.ops.reference import locations_and_weights
 from models.structures import SampledAttention
 
 
