@@ -2,10 +2,13 @@
 
 Inputs: `pixels` float32 [batch, 3, height, width], normalised by ImageNet's mean and deviation, and
 `padding` bool [batch, height, width], True on padding; all three sizes are free. Outputs: `logits`
-[batch, queries, classes + 1], the last one "no object", and `boxes` [batch, queries, 4], cxcywh
-normalised to the unpadded picture. The padding mask stays an input, since pictures of one batch
-differ in size. BatchNorms are folded into the convolutions. Costs 13 s of one CPU core for a small
-ResNet-18 detector, 54 s for DETR R50 with four comparisons (measured), most of it the tracing.
+[batch, queries, classes + 1], the last one "no object" (sigmoid scores: [batch, queries, classes]),
+and `boxes` [batch, queries, 4], cxcywh normalised to the unpadded picture. Deformable attention is
+traced as plain gathers (`models.ops.gather`); a sparse encoder goes through all tokens and keeps
+what it would select, so its graph is right and saves nothing. The padding mask stays an input,
+since pictures of one batch differ in size. BatchNorms are folded into the convolutions. Costs 13 s
+of one CPU core for a small ResNet-18 detector, 54 s for DETR R50 with four comparisons (measured),
+most of it the tracing.
 """
 
 import importlib

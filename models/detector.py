@@ -157,7 +157,7 @@ class Detector(nn.Module):
         There are never more of the latter than tokens.
         """
         if memory.proposals is None:
-            learned, batch = self.learned_queries(), len(memory.tokens)
+            learned, batch = self.learned_queries(), memory.tokens.shape[0]
             reference = learned.reference
             return QueryGroup(
                 "queries",

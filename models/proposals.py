@@ -76,11 +76,11 @@ def first_boxes(
     sizes = [rows * columns for rows, columns in spatial_shapes]
     for level, part in enumerate(torch.split(padding, sizes, dim=1)):
         rows, columns = spatial_shapes[level]
-        valid = ~part.view(len(part), rows, columns)
+        valid = ~part.view(part.shape[0], rows, columns)
         height, width = valid[:, :, 0].sum(1).clamp(min=1), valid[:, 0, :].sum(1).clamp(min=1)
         y = (torch.arange(rows, device=padding.device) + 0.5) / height[:, None]
         x = (torch.arange(columns, device=padding.device) + 0.5) / width[:, None]
-        whole = (len(padding), rows, columns)
+        whole = (padding.shape[0], rows, columns)
         centre = torch.stack((x[:, None].expand(whole), y[:, :, None].expand(whole)), dim=-1)
         side = torch.full_like(centre, _FIRST_SIZE * 2**level)
         boxes.append(torch.cat((centre, side), dim=-1).flatten(1, 2))
@@ -123,7 +123,7 @@ def queries_of(
     The content is the token itself where the coder gives a position alone (Efficient DETR, Yao et
     al., 2021; Sparse DETR, 4.1), else the second half of what it gives.
     """
-    picture = torch.arange(len(best), device=best.device)[:, None]
+    picture = torch.arange(best.shape[0], device=best.device)[:, None]
     reference = proposals.boxes[picture, best].detach()
     coded = coder(reference)
     if coded.shape[-1] == tokens.shape[-1]:

@@ -82,7 +82,9 @@ def select_tokens(
     counts = (valid * rho).int() + 1
     if not beyond_valid:
         counts = torch.minimum(counts, valid)
-    most = min(int(counts.max()), padding.shape[1])
+    # An ONNX graph cannot read a number back: there all tokens are gone through, few are kept.
+    exporting = torch.onnx.is_in_onnx_export()
+    most = padding.shape[1] if exporting else min(int(counts.max()), padding.shape[1])
     last = ranking.amin() if beyond_valid else -math.inf
     best = ranking.masked_fill(padding, last).topk(most, dim=1).indices
     kept = torch.arange(most, device=padding.device) < counts[:, None]

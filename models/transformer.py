@@ -385,4 +385,4 @@ def _attention_to_cells(shape: TransformerShape) -> Attention | DeformableAttent
 
 def _rows(selection: TokenSelection) -> Tensor:
     """The picture of each index, to broadcast with the indices."""
-    return torch.arange(len(selection.indices), device=selection.indices.device)[:, None]
+    return torch.arange(selection.indices.shape[0], device=selection.indices.device)[:, None]

@@ -78,7 +78,12 @@ def locations_and_weights(
         half_size = 0.5 * references[:, :, None, :, None, 2:]
         locations = centre + offsets / offsets.shape[4] * half_size
     else:
-        sizes = [(max(columns, 1), max(rows, 1)) for rows, columns in spatial_shapes]
-        locations = centre + offsets / offsets.new_tensor(sizes)[:, None, :]
+        # No tensor of numbers: while exporting, sizes are symbols that it would turn into numbers.
+        sizes = [
+            offsets.new_full((), max(length, 1))
+            for rows, columns in spatial_shapes
+            for length in (columns, rows)
+        ]
+        locations = centre + offsets / torch.stack(sizes).view(-1, 1, 2)
     weights = logits.to(precise).flatten(3).softmax(-1).view(logits.shape)
     return locations, weights
