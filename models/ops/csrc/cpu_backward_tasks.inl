@@ -70,6 +70,7 @@ void walk_queries(const Backward<A>& work, const Walk<A>& walk, typename A::Real
         finish_fused(p, work.t, lattice, row, s);
     }
   }
+  s.weight = weights;
 }
 
 template <class A, bool InPlace>
@@ -83,47 +84,57 @@ void walk_queries(const Backward<A>& work, const Walk<A>& walk, typename A::Real
     walk_queries<A, InPlace, false, true>(work, walk, grad, s);
 }
 
-// One image and head, rows side by side in memory of the task's own.
+// What a thread needs for one task after the other.
+template <class A, bool InPlace>
+struct TaskSpace {
+  explicit TaskSpace(const Backward<A>& work)
+      : samples(work.whole.lanes),
+        rows(3, row_channels<A>(work.p)),
+        values(!InPlace && work.needs_points(), slab_elements(work.p)),
+        gradients(!InPlace && work.t.grad_value, slab_elements(work.p)) {
+    if (!missing()) set_zero<A>(rows[0], row_channels<A>(work.p));
+  }
+  static int64_t slab_elements(const Problem& p) { return (p.tokens + 1) * row_channels<A>(p); }
+  bool missing() const {
+    return samples.missing() || rows.missing() || values.missing() || gradients.missing();
+  }
+
+  Samples<A> samples;
+  Arrays<typename A::Real> rows;  // of zeros, of what nobody wants, of the output's gradient
+  Arrays<typename A::Real> values, gradients;
+};
+
+// One image and head, rows side by side.
 template <class A>
-const char* backward_by_slab(const Backward<A>& work, const Lattice<A>& lattice, int64_t image,
-                             int64_t head) {
+void backward_task(const Backward<A>& work, const Lattice<A>& lattice, int64_t image, int64_t head,
+                   TaskSpace<A, false>& space) {
   const Problem& p = work.p;
   const int64_t channels = row_channels<A>(p), end = lattice.tokens * channels;
-  const bool value = work.t.grad_value, points = work.needs_points();
-  Arrays<typename A::Real> values(points, end + channels), gradients(value, end + channels);
-  Arrays<typename A::Real> grad(1, channels);
-  Samples<A> samples(work.whole.lanes);
-  if (values.missing() || gradients.missing() || grad.missing() || samples.missing())
-    return no_memory();
-  if (points)
-    copy_slab<A>(p, work.t.value, image, head, lattice.first_token, lattice.tokens, values[0]);
-  if (value) set_zero<A>(gradients[0], end + channels);
-  const TaskRows<typename A::Real> rows{values[0], gradients[0], nullptr, nullptr};
-  walk_queries<A, false>(work, Walk<A>{lattice, rows, channels, end, image, head}, grad[0],
-                         samples);
-  if (value)
+  typename A::Real *const values = space.values[0], *const gradients = space.gradients[0];
+  if (work.needs_points())
+    copy_slab<A>(p, work.t.value, image, head, lattice.first_token, lattice.tokens, values);
+  if (work.t.grad_value) set_zero<A>(gradients, end + channels);
+  const TaskRows<typename A::Real> rows{values, gradients, nullptr, nullptr};
+  walk_queries<A, false>(work, Walk<A>{lattice, rows, channels, end, image, head}, space.rows[2],
+                         space.samples);
+  if (work.t.grad_value)
     write_slab<A>(p, work.t.grad_value, image, head, lattice.first_token, lattice.tokens,
-                  gradients[0]);
-  return nullptr;
+                  gradients);
 }
 
 // One image and head, rows where they lie; the value's gradient is zero before.
 template <class A>
-const char* backward_in_place(const Backward<A>& work, const Lattice<A>& lattice, int64_t image,
-                              int64_t head) {
+void backward_task(const Backward<A>& work, const Lattice<A>& lattice, int64_t image, int64_t head,
+                   TaskSpace<A, true>& space) {
   using Real = typename A::Real;
   const Problem& p = work.p;
   const int64_t stride = p.heads * p.channels;
   const int64_t first = (image * p.tokens + lattice.first_token) * stride + head * p.channels;
-  Arrays<Real> extra(3, p.channels);
-  Samples<A> samples(work.whole.lanes);
-  if (extra.missing() || samples.missing()) return no_memory();
-  set_zero<A>(extra[0], p.channels);
   Real* const gradient = static_cast<Real*>(work.t.grad_value);
   const TaskRows<Real> rows{static_cast<const Real*>(work.t.value) + first,
-                            gradient ? gradient + first : nullptr, extra[0], extra[1]};
-  walk_queries<A, true>(work, Walk<A>{lattice, rows, stride, -1, image, head}, extra[2], samples);
-  return nullptr;
+                            gradient ? gradient + first : nullptr, space.rows[0], space.rows[1]};
+  walk_queries<A, true>(work, Walk<A>{lattice, rows, stride, -1, image, head}, space.rows[2],
+                        space.samples);
 }
 
 // Adds one head's part to the gradients of a query's references; s.pairs holds the raw offsets.
@@ -171,37 +182,24 @@ const char* finish_kept(const Backward<A>& work, int64_t begin, int64_t end) {
   return nullptr;
 }
 
-// part(begin, end) on torch's threads; the text of a failure, if there was one.
-template <class Part>
-const char* parts_in_parallel(int64_t count, int64_t grain, const Part& part) {
-  const char* failure = nullptr;
-  in_parallel(count, grain, [&](int64_t begin, int64_t end) {
-    const char* failed = part(begin, end);
-    if (failed) __atomic_store_n(&failure, failed, __ATOMIC_RELAXED);
-  });
-  return failure;
-}
-
 template <class A, bool InPlace>
 const char* backward_tasks(const Backward<A>& work, bool by_level, int64_t row_elements) {
   const Problem& p = work.p;
   const int64_t parts = by_level ? p.levels : 1;
-  const auto task = [&](const Lattice<A>& lattice, int64_t slice) {
-    const int64_t image = slice / p.heads, head = slice % p.heads;
-    if constexpr (InPlace) return backward_in_place(work, lattice, image, head);
-    return backward_by_slab(work, lattice, image, head);
-  };
   return parts_in_parallel(p.batch * p.heads * parts, 1, [&](int64_t begin, int64_t end) {
-    const char* failure = nullptr;
-    for (int64_t number = begin; number < end && !failure; number++) {
+    TaskSpace<A, InPlace> space(work);
+    if (space.missing()) return no_memory();
+    for (int64_t number = begin; number < end; number++) {
+      const int64_t slice = number / parts, image = slice / p.heads, head = slice % p.heads;
       if (!by_level) {
-        failure = task(work.whole, number);
+        backward_task(work, work.whole, image, head, space);
         continue;
       }
       const Lattice<A> lattice(p, number % parts, number % parts + 1, row_elements);
-      failure = lattice.missing() ? no_memory() : task(lattice, number / parts);
+      if (lattice.missing()) return no_memory();
+      backward_task(work, lattice, image, head, space);
     }
-    return failure;
+    return static_cast<const char*>(nullptr);
   });
 }
 

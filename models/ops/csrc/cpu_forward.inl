@@ -66,16 +66,15 @@ const char* forward_run(const Problem& p, const ForwardTensors& t, const Lattice
 template <class Part>
 const char* over_queries(const Problem& p, const Part& part) {
   const int64_t runs = (p.queries + queries_a_task - 1) / queries_a_task;
-  const char* failure = nullptr;
-  in_parallel(p.heads * runs, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; task++) {
+  return parts_in_parallel(p.heads * runs, 1, [&](int64_t first, int64_t last) {
+    const char* failure = nullptr;
+    for (int64_t task = first; task < last && !failure; task++) {
       const int64_t begin = task % runs * queries_a_task;
       const int64_t end = begin + queries_a_task < p.queries ? begin + queries_a_task : p.queries;
-      const char* failed = part(task / runs, begin, end);
-      if (failed) __atomic_store_n(&failure, failed, __ATOMIC_RELAXED);
+      failure = part(task / runs, begin, end);
     }
+    return failure;
   });
-  return failure;
 }
 
 template <class T>
@@ -95,25 +94,36 @@ const char* forward_in_place(const Problem& p, const ForwardTensors& t) {
   return nullptr;
 }
 
+// Heads in turn, each thread with one slab that it fills again: it stays in the cache.
 template <class A>
-const char* forward_by_slabs(const Problem& p, const ForwardTensors& t) {
+const char* forward_by_heads(const Problem& p, const ForwardTensors& t, const Lattice<A>& lattice,
+                             int64_t begin, int64_t end) {
   using Real = typename A::Real;
-  const int64_t width = row_channels<A>(p), slab = (p.tokens + 1) * width;
-  const int64_t stride = p.heads * p.channels;
-  if (slab >= most_elements) return too_large();
-  const Lattice<A> lattice(p, 0, p.levels, width);
-  const Arrays<Real> slabs(p.heads, slab);
-  if (lattice.missing() || slabs.missing()) return no_memory();
-  for (int64_t head = 0; head < p.heads; head++)
-    set_zero<A>(slabs[head] + p.tokens * width, width);
+  const int64_t width = row_channels<A>(p);
+  const Arrays<Real> slab(1, (p.tokens + 1) * width);
+  if (slab.missing()) return no_memory();
+  const char* failure = nullptr;
+  for (int64_t slice = begin; slice < end && !failure; slice++) {
+    const int64_t image = slice / p.heads, head = slice % p.heads;
+    copy_slab<A>(p, t.value, image, head, 0, p.tokens, slab[0]);
+    failure = forward_run<A, Real, false>(p, t, lattice, slab[0], width, p.tokens * width, image,
+                                          head, 0, p.queries);
+  }
+  return failure;
+}
+
+// With more threads than heads: the slabs of one image, then its queries.
+template <class A>
+const char* forward_by_images(const Problem& p, const ForwardTensors& t,
+                              const Lattice<A>& lattice) {
+  using Real = typename A::Real;
+  const int64_t width = row_channels<A>(p);
+  const Arrays<Real> slabs(p.heads, (p.tokens + 1) * width);
+  if (slabs.missing()) return no_memory();
   for (int64_t image = 0; image < p.batch; image++) {
-    in_parallel(p.tokens, 256, [&](int64_t begin, int64_t end) {
-      for (int64_t token = begin; token < end; token += 16)
-        for (int64_t head = 0; head < p.heads; head++)
-          copy_rows(p.value_type, t.value,
-                    (image * p.tokens + token) * stride + head * p.channels, stride,
-                    token + 16 < end ? 16 : end - token, p.channels, slabs[head] + token * width,
-                    width);
+    in_parallel(p.heads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t head = first; head < last; head++)
+        copy_slab<A>(p, t.value, image, head, 0, p.tokens, slabs[head]);
     });
     const char* failure = over_queries(p, [&](int64_t head, int64_t begin, int64_t end) {
       return forward_run<A, Real, false>(p, t, lattice, slabs[head], width, p.tokens * width, image,
@@ -122,6 +132,19 @@ const char* forward_by_slabs(const Problem& p, const ForwardTensors& t) {
     if (failure) return failure;
   }
   return nullptr;
+}
+
+template <class A>
+const char* forward_by_slabs(const Problem& p, const ForwardTensors& t) {
+  const int64_t width = row_channels<A>(p), slices = p.batch * p.heads;
+  if ((p.tokens + 1) * width >= most_elements) return too_large();
+  const Lattice<A> lattice(p, 0, p.levels, width);
+  if (lattice.missing()) return no_memory();
+  const int64_t threads = count_threads();
+  if (slices % threads && slices < 4 * threads) return forward_by_images(p, t, lattice);
+  return parts_in_parallel(slices, 1, [&](int64_t begin, int64_t end) {
+    return forward_by_heads(p, t, lattice, begin, end);
+  });
 }
 
 template <class T>

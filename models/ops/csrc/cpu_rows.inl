@@ -105,3 +105,14 @@ void in_parallel(int64_t count, int64_t grain, const Body& body) {
       },
       const_cast<Body*>(&body));
 }
+
+// part(begin, end) on torch's threads; the text of a failure, if there was one.
+template <class Part>
+const char* parts_in_parallel(int64_t count, int64_t grain, const Part& part) {
+  const char* failure = nullptr;
+  in_parallel(count, grain, [&](int64_t begin, int64_t end) {
+    const char* failed = part(begin, end);
+    if (failed) __atomic_store_n(&failure, failed, __ATOMIC_RELAXED);
+  });
+  return failure;
+}
