@@ -1,8 +1,8 @@
-"""How much deformable attention meets each token, in plain PyTorch (Sparse DETR, section 3.2).
+"""How much deformable attention meets each token (Sparse DETR, section 3.2).
 
-What a sample weighs is split among the four cells around it as the operator mixes their values: the
-mass of a token is what its value counts for in the sum of all outputs of all heads. Corners outside
-of a level, and samples that are no numbers, meet nothing.
+What a sample weighs is split among the four cells around it as the operator mixes their values. So
+the mass of a token is the gradient of the sum of all outputs with respect to its value, where the
+values have one channel: the operator's own backward computes it.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
-"""(row, column) from the first cell of a sample."""
+from models.ops.deformable import value_gradient
 
 
 @torch.no_grad()
@@ -23,39 +22,19 @@ def token_mass(
     *,
     legacy_dam: bool = False,
 ) -> Float[Tensor, "batch tokens"]:
-    """Summed over queries and heads, levels one after the other; without a graph.
+    """Summed over queries and heads, levels one after the other; float32 and without a graph.
 
-    `legacy_dam` takes a cell's centre for its corner, as the released Sparse DETR does: the map is
-    half a cell too far right and down.
+    Samples outside of a level, and such as are no numbers, meet nothing. `legacy_dam` takes a
+    cell's centre for its corner, as the released Sparse DETR does: the map is half a cell too far
+    right and down.
     """
-    shift = 0.0 if legacy_dam else 0.5
-    levels = [
-        _level_mass(shape, locations[:, :, :, level], weights[:, :, :, level], shift)
-        for level, shape in enumerate(spatial_shapes)
-    ]
-    return torch.cat(levels, dim=1)
-
-
-def _level_mass(
-    shape: tuple[int, int],
-    locations: Float[Tensor, "batch queries heads points 2"],
-    weights: Float[Tensor, "batch queries heads points"],
-    shift: float,
-) -> Float[Tensor, "batch cells"]:
-    rows, columns = shape
     batch = len(locations)
-    x = (locations[..., 0] * columns - shift).flatten(1)
-    y = (locations[..., 1] * rows - shift).flatten(1)
-    finite = x.isfinite() & y.isfinite()
-    share = weights.flatten(1)
-    left, top = x.nan_to_num(-2.0).floor(), y.nan_to_num(-2.0).floor()
-    picture = torch.arange(batch, device=x.device)[:, None] * (rows * columns)
-    mass = share.new_zeros(batch * rows * columns)
-    for down, right in _CORNERS:
-        row, column = top + down, left + right
-        inside = finite & (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
-        part = (1 - (x - column).abs()) * (1 - (y - row).abs()) * share
-        cell = row.clamp(0, rows - 1) * columns + column.clamp(0, columns - 1)
-        place = (picture + cell.long())[inside]
-        mass.index_add_(0, place, part[inside])
-    return mass.view(batch, rows * columns)
+    where = locations.float().flatten(1, 2)[:, :, None]
+    if legacy_dam:
+        halves = [(0.5 / max(columns, 1), 0.5 / max(rows, 1)) for rows, columns in spatial_shapes]
+        where = where + where.new_tensor(halves)[:, None, :]
+    share = weights.float().flatten(1, 2)[:, :, None]
+    num_tokens = sum(rows * columns for rows, columns in spatial_shapes)
+    one_channel = where.new_zeros(batch, num_tokens, 1, 1)
+    ones = where.new_ones(batch, where.shape[1], 1)
+    return value_gradient(ones, one_channel, spatial_shapes, where, share).flatten(1)

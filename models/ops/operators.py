@@ -48,7 +48,7 @@ def fused(
 
 
 def value_gradient(
-    grad_output: Float[Tensor, "batch queries heads*channels"],
+    grad_output: Float[Tensor, "batch queries _"],
     value: Float[Tensor, "batch tokens heads channels"],
     spatial_shapes: Sequence[tuple[int, int]],
     locations: Float[Tensor, "batch queries heads levels points 2"],
