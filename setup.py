@@ -57,7 +57,10 @@ class BuildLibrary(build_ext):
         """For an editable install: beside the checkout's top-level files."""
         built = Path(self.build_lib, self.get_ext_filename("querypatch_ops"))
         if built.exists():
-            shutil.copy2(built, built.name)
+            fresh = Path(f"{built.name}.new")
+            shutil.copy2(built, fresh)
+            # Written over in place it would crash every process that has it loaded.
+            fresh.replace(built.name)
 
 
 class PlatformWheel(bdist_wheel):

@@ -16,7 +16,7 @@ patch is added to the content instead, and the reference point stays that of the
   spread over the picture that a group of N / M queries begins with.
 - Finetuning with top-k proposals puts a token's feature in that place (`models.proposals`).
 
-This is reasoned, not measured: after 600 steps on drawn feature maps, a patch in the position
+This is reasoned, not measured: after 400 steps on drawn feature maps, a patch in the position
 vector and one in the content had learned equally little of whose patch is whose.
 """
 
