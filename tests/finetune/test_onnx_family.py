@@ -17,6 +17,7 @@ PICTURE = "VOCdevkit/VOC2012/JPEGImages/2008_000009.jpg"
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("given", [{}, SPARSE], ids=["learned queries", "sparse and two-stage"])
 def test_the_family_is_exported_and_compared_on_a_real_picture(
     given: dict[str, object], shared_data: Path, tmp_path: Path
