@@ -1,7 +1,7 @@
 """Multi-scale deformable attention in plain PyTorch: what the kernels must compute.
 
-Deformable DETR (Zhu et al., ICLR 2021), section 4.1, equation 3, without the projections. A level of
-H x W cells spans [0, 1] x [0, 1]; the centre of the cell in row i, column j is at
+Deformable DETR (Zhu et al., ICLR 2021), section 4.1, equation 3, without the projections. A level
+of H x W cells spans [0, 1] x [0, 1]; the centre of the cell in row i, column j is at
 ((j + 0.5) / W, (i + 0.5) / H). Samples are bilinear; corners outside a level count as zeros, and a
 location that is not finite samples nothing. Everything is computed in float32 (float64 for float64
 values): `grid_sample` in half precision reads out of bounds on the CPU (torch 2.11 to 2.15).
