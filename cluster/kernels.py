@@ -1,6 +1,6 @@
 """Whether a run's devices have the kernels that its detector asks for.
 
-Plain PyTorch is 10 times slower on a GPU: a run that would fall back to it without having been told
+Plain PyTorch is far slower on a GPU: a run that would fall back to it without having been told
 to (`ops.allow_reference=true`) is refused, in preflight where this machine can tell, and by every
 worker before it begins.
 """

@@ -35,7 +35,7 @@ class OpsSettings(Settings):
     """How operators are computed."""
 
     allow_reference: bool = False
-    """Whether plain PyTorch may stand in on a GPU without compiled kernels: 10 times slower."""
+    """Whether plain PyTorch may stand in on a GPU without compiled kernels: many times slower."""
 
 
 def deformable_attention(
@@ -121,7 +121,7 @@ def _runs_compiled(device_type: str) -> bool:
     if not compiled and device_type not in ("cpu", "meta") and not _allow_reference:
         raise RuntimeError(
             f"no compiled deformable attention on {device_type}: {_why_not(device_type)}, or say "
-            "ops.allow_reference=true to use plain PyTorch, 10 times slower"
+            "ops.allow_reference=true to use plain PyTorch, many times slower"
         )
     if not torch.compiler.is_compiling():
         _say_once(device_type, compiled)
