@@ -130,9 +130,7 @@ def _recipes_detector(found: RunWeights) -> DetectorSettings | None:
 
 def _of_file(source: str, config: Mapping[str, object] | None) -> Artefact:
     file = read_checkpoint(source)
-    return recognise(
-        file.tensors, file.metadata, source, arguments=file.arguments, config=config
-    )
+    return recognise(file.tensors, file.metadata, source, arguments=file.arguments, config=config)
 
 
 def _config_beside(file: RunFolder) -> Mapping[str, object] | None:
