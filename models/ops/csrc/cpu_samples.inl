@@ -227,7 +227,7 @@ QUERYPATCH_INLINE void prefetch(Number type, const void* from, int64_t at, int64
     __builtin_prefetch(first + byte, Write);
 }
 
-constexpr int64_t queries_ahead = 4;
+constexpr int64_t queries_ahead = 3;
 
 // Not a function of its own: gcc would find that it does nothing and leave it out.
 template <class A>
