@@ -4,6 +4,7 @@ The wheel is built with the setuptools at hand, and the environment borrows the 
 this one, so that the test needs no network.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -32,8 +33,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     _copy_project(source)
     out = tmp_path_factory.mktemp("dist")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
-    _run([*build, str(source)], cwd=source)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out)]
+    # Without --wheel or --sdist: the wheel is built from the sdist, which must hold all it needs.
+    _run([*build, str(source)], cwd=source, QUERYPATCH_CUDA_ARCHS="off")
     (built,) = out.glob("*.whl")
     return built
 
@@ -71,6 +73,45 @@ def test_the_wheel_holds_every_module_marker_and_recipe_of_the_checkout(wheel: P
     assert not {name for name in held if name.startswith(("tests/", "benchmarks/", "docs/"))}
 
 
+def test_the_wheel_holds_the_operator_library_for_every_python_of_the_platform(
+    wheel: Path,
+) -> None:
+    assert wheel.name.split("-", 2)[2].startswith("py3-none-")
+    assert not wheel.name.endswith("-any.whl")
+    held = zipfile.ZipFile(wheel).namelist()
+    assert "querypatch_ops.so" in held
+    assert not [name for name in held if "csrc" in name]
+
+
+def test_the_installed_library_computes_beside_a_checkout_that_has_none(
+    installed: Path, tmp_path: Path
+) -> None:
+    """As on a cluster: the checkout is the working directory, the image has the wheel."""
+    _copy_project(tmp_path)
+    look = (
+        "import torch, models.ops.deformable as d; "
+        "print(d.__file__); print(d.describe(torch.device('cpu')))"
+    )
+    module, described = _run([str(installed / "python"), "-c", look], cwd=tmp_path).splitlines()
+    assert tmp_path in Path(module).parents
+    assert described.startswith("compiled, ")
+    assert str(installed.parent) in described
+
+
+def test_without_a_compiler_the_package_installs_and_says_what_it_lacks(tmp_path: Path) -> None:
+    """And the plain operator does the work: a wheel for any platform."""
+    source, out = tmp_path / "source", tmp_path / "dist"
+    source.mkdir()
+    _copy_project(source)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    said = _run([*build, str(source)], cwd=source, PATH=str(nothing), CXX="")
+    assert "no C++ compiler ($CXX, g++, clang++): no operator library" in said
+    (built,) = out.glob("*.whl")
+    assert built.name.endswith("-py3-none-any.whl")
+
+
 def test_the_installed_command_runs_in_another_folder(installed: Path, tmp_path: Path) -> None:
     shown = _run([str(installed / "querypatch"), "--help"], cwd=tmp_path)
     assert "pretrain" in shown
@@ -100,7 +141,7 @@ def _copy_project(target: Path) -> None:
         shutil.copytree(PROJECT / folder, target / folder, ignore=ignore)
     for module in SETUPTOOLS["py-modules"]:
         shutil.copy(PROJECT / f"{module}.py", target)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(PROJECT / name, target)
 
 
@@ -114,7 +155,16 @@ def _lend_dependencies(environment: Path) -> None:
     (site_packages / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
 
 
-def _run(command: list[str], cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def _run(command: list[str], cwd: Path, **environment: str) -> str:
+    """What the command said, warnings included."""
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if environment else subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
