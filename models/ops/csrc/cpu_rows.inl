@@ -42,8 +42,13 @@ QUERYPATCH_INLINE void set_zero(typename A::Real* to, int64_t count) {
 template <class T, class Real>
 QUERYPATCH_INLINE void copy_rows_as(const T* from, int64_t first, int64_t stride, int64_t rows,
                                     int64_t channels, Real* to, int64_t width) {
-  for (int64_t row = 0; row < rows; row++)
-    read_as(from + first + row * stride, channels, to + row * width);
+  constexpr int64_t ahead = 16;
+  for (int64_t row = 0; row < rows; row++) {
+    const T* const next = from + first + row * stride;
+    for (int64_t byte = 0; byte < channels * int64_t{sizeof(T)}; byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(next + ahead * stride) + byte);
+    read_as(next, channels, to + row * width);
+  }
 }
 QUERYPATCH_SHARED void copy_rows(Number type, const void* from, int64_t first, int64_t stride,
                                  int64_t rows, int64_t channels, float* to, int64_t width) {
