@@ -62,7 +62,9 @@ def test_weights_that_do_not_fit_end_the_job_at_once_with_one_line(
     job = _begin(shards, tmp_path, f"model.backbone.weights={tmp_path / 'wrong.pth'}")
     said, _ = job.communicate(timeout=300)
     assert job.returncode == 1
-    (line,) = [line for line in said.splitlines() if line.startswith("querypatch: ")]
+    lines = [line for line in said.splitlines() if line.startswith("querypatch: ")]
+    assert len(lines) == 1, said
+    (line,) = lines
     assert "wrong.pth" in line
     assert "layer1.0.conv1.weight" in line
 
