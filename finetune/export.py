@@ -146,6 +146,7 @@ def _write(
             return ()
         case "onnx":
             _refuse_other_kinds(artefact, format)
+            _refuse_windows(artefact)
             header = {METADATA_KEY: _header(artefact)[METADATA_KEY]}
             return write_onnx(detector, artefact.input, header, spool / names[0], pictures)
         case _:
@@ -205,6 +206,15 @@ def _refuse_other_kinds(artefact: Artefact, format: ExportFormat) -> None:
         raise WeightsError(
             f"{artefact.source} is a {artefact.kind}, format {format} holds detectors alone; "
             "export it with format querypatch or detr"
+        )
+
+
+def _refuse_windows(artefact: Artefact) -> None:
+    """Tracing Swin's windows for pictures of any size did not end in 12 minutes (torch 2.14)."""
+    if artefact.detector.backbone.name == "swin_t":
+        raise WeightsError(
+            f"{artefact.source} has a Swin-T, whose windows cannot be traced for pictures of any "
+            "size; export it with format querypatch or detr"
         )
 
 

@@ -16,6 +16,7 @@ from data.pictures import decode_picture, resize
 from finetune.artefacts import build_detector, open_weights
 from finetune.export import Export, export
 from models.artefact import METADATA_KEY
+from models.backbone import BackboneSettings
 from models.interop.checkpoint_files import WeightsError
 from models.structures import Images
 from tests.finetune.small_detector import SETTINGS, write_weights
@@ -143,5 +144,13 @@ def test_a_missing_package_is_named_with_its_extra(
     write_weights(tmp_path / "w.safetensors")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r"needs onnxscript: pip install 'querypatch\[onnx\]'"):
+        export(str(tmp_path / "w.safetensors"), str(tmp_path / "w.onnx"), "onnx")
+    assert not (tmp_path / "w.onnx").exists()
+
+
+def test_a_swin_is_refused_before_it_is_traced(tmp_path: Path) -> None:
+    swin = BackboneSettings(name="swin_t", output="layer3", weights="random")
+    write_weights(tmp_path / "w.safetensors", SETTINGS.model_copy(update={"backbone": swin}))
+    with pytest.raises(WeightsError, match="has a Swin-T, .* format querypatch or detr"):
         export(str(tmp_path / "w.safetensors"), str(tmp_path / "w.onnx"), "onnx")
     assert not (tmp_path / "w.onnx").exists()
