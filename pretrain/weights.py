@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.interop.backbones import load_backbone
-from models.interop.checkpoint_files import read_tensors
+from models.interop.checkpoint_files import WeightsError, read_tensors
 from models.interop.deformable import from_deformable, is_deformable, load_deformable
 from models.interop.detr import detr_name, load_detr, our_name
 from models.patch_queries import PatchDetector
@@ -46,6 +46,11 @@ def take_weights(model: PatchDetector, source: str) -> None:
     tensors = read_tensors(weights_file(source)) if found is None else dict(found.tensors)
     if is_deformable(tensors):
         named, _ = from_deformable(tensors, source=source)
+        if "queries.weight" not in named and "detector.queries.weight" not in named:
+            raise WeightsError(
+                f"{source} is of a two-stage detector, whose queries are proposals: no patch can be "
+                "given to them; start from a one-stage file, or finetune with this one"
+            )
         report = load_deformable(model, tensors, source=source, new=_absent_parts(model, named))
     elif detr_name("detector.queries.weight") in tensors:
         named = {our_name(theirs): tensor for theirs, tensor in tensors.items()}

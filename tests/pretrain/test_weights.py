@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from models.detector import Detector
+from models.interop.checkpoint_files import WeightsError
 from models.interop.deformable import to_deformable_names
 from pretrain.recipe import PretrainRecipe
 from pretrain.weights import blank_model, take_weights
@@ -41,3 +43,13 @@ def test_a_public_detector_fills_all_but_the_class_heads_and_what_patches_need(
     for name, tensor in model.state_dict().items():
         begun = before[name] if name.startswith(own) else theirs[name.removeprefix("detector.")]
         assert torch.equal(tensor, begun), name
+
+
+def test_a_two_stage_file_has_no_queries_for_patches_and_is_refused(tmp_path: Path) -> None:
+    asked = {"two_stage": True, "box_refinement": True, "num_classes": 5}
+    settings = recipe_of().model.model_copy(update=asked)
+    detector = Detector(settings, torch.Generator().manual_seed(3))
+    public = to_deformable_names(detector.state_dict(), settings)
+    torch.save({"model": public}, tmp_path / "public.pth")
+    with pytest.raises(WeightsError, match="two-stage detector, whose queries are proposals"):
+        take_weights(blank_model(recipe_of()), str(tmp_path / "public.pth"))
