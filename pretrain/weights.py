@@ -48,8 +48,8 @@ def take_weights(model: PatchDetector, source: str) -> None:
         named, _ = from_deformable(tensors, source=source)
         if "queries.weight" not in named and "detector.queries.weight" not in named:
             raise WeightsError(
-                f"{source} is of a two-stage detector, whose queries are proposals: no patch can be "
-                "given to them; start from a one-stage file, or finetune with this one"
+                f"{source} is of a two-stage detector, whose queries are proposals: no patch can "
+                "be given to them; start from a one-stage file, or finetune with this one"
             )
         report = load_deformable(model, tensors, source=source, new=_absent_parts(model, named))
     elif detr_name("detector.queries.weight") in tensors:
