@@ -181,7 +181,11 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _connected(resources: Resources, address: str | None) -> Iterator[None]:
-    """A connection to the cluster at `address`, or to a fresh one on this machine."""
+    """A connection to the cluster at `address`, or to a fresh one on this machine.
+
+    After JobFailed it goes with the process: Ray Train may still wait in its thread, and Ray that is
+    shut down under it ends the process at once, before anybody has said why (seen).
+    """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
@@ -191,10 +195,15 @@ def _connected(resources: Resources, address: str | None) -> Iterator[None]:
         ray.init(address="local", num_cpus=cores, include_dashboard=True, **options)
     else:
         ray.init(address=address, runtime_env=_shipped_code(), **options)
+    failed = False
     try:
         yield
+    except JobFailed:
+        failed = True
+        raise
     finally:
-        ray.shutdown()
+        if not failed:
+            ray.shutdown()
 
 
 def _shipped_code() -> dict[str, Any]:
