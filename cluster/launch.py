@@ -183,8 +183,8 @@ def _reason(error: BaseException) -> str:
 def _connected(resources: Resources, address: str | None) -> Iterator[None]:
     """A connection to the cluster at `address`, or to a fresh one on this machine.
 
-    After JobFailed it goes with the process: Ray Train may still wait in its thread, and Ray that is
-    shut down under it ends the process at once, before anybody has said why (seen).
+    After JobFailed it goes with the process: Ray Train may still wait in its thread, and Ray that
+    is shut down under it ends the process at once, before anybody has said why (seen).
     """
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
