@@ -222,22 +222,6 @@ def load_deformable(
     return replace(report, notes=(*report.notes, *repeated_note(repeated)))
 
 
-def refined_heads(tensors: Mapping[str, Tensor], decoder_layers: int) -> dict[str, Tensor]:
-    """A detector's tensors (our names) with the shared heads as the heads of every decoder layer.
-
-    The warm start of box refinement from weights without it.
-    """
-    copied: dict[str, Tensor] = {}
-    for ours, tensor in tensors.items():
-        head = next((head for head, _ in HEADS if ours.startswith(head)), None)
-        if head is None:
-            copied[ours] = tensor
-            continue
-        rest = ours.removeprefix(head)
-        copied |= {f"{head}{layer}.{rest}": tensor for layer in range(decoder_layers)}
-    return copied
-
-
 def repeated_note(repeated: Sequence[str]) -> tuple[str, ...]:
     """What a report says of names that only repeat others; nothing where there are none."""
     if not repeated:

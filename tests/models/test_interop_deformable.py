@@ -23,7 +23,6 @@ from models.interop.deformable import (
     our_name,
     public_layout,
     public_names,
-    refined_heads,
     to_deformable_names,
 )
 from models.interop.deformable_settings import deformable_settings
@@ -281,16 +280,6 @@ def test_a_cut_file_is_named() -> None:
         WeightsError, match=r"x.pth is no Deformable DETR checkpoint: class_embed.0"
     ):
         recognise(tensors, {}, "x.pth")
-
-
-def test_refinement_begins_with_the_shared_heads_in_every_layer() -> None:
-    plain, refined = detector(SMALL), detector(REFINED, seed=2)
-    heads = refined_heads(plain.state_dict(), REFINED.decoder_layers)
-    refined.load_state_dict(heads)
-    for layer in range(2):
-        assert torch.equal(heads[f"class_head.{layer}.bias"], plain.state_dict()["class_head.bias"])
-        name = f"box_head.{layer}.layers.2.weight"
-        assert torch.equal(heads[name], plain.state_dict()["box_head.layers.2.weight"])
 
 
 @pytest.mark.parametrize(
