@@ -17,6 +17,7 @@ from cluster.show_cli import show_app
 from cluster.study_cli import study_app
 from cluster.words import (
     Address,
+    Continue,
     Depth,
     Device,
     ExportFormat,
@@ -56,20 +57,28 @@ app.add_typer(study_app, name="study")
 
 @app.command()
 def pretrain(
-    recipe: RecipeName, overrides: Overrides = None, local: Local = False, address: Address = None
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    local: Local = False,
+    address: Address = None,
+    go_on: Continue = False,
 ) -> None:
     """Pretrain a detection transformer: needs run=FOLDER and data.shards=FOLDER."""
     with one_line_errors():
-        _start("pretrain", recipe, overrides or [], local, address)
+        _start("pretrain", recipe, overrides or [], local, address, go_on)
 
 
 @app.command()
 def finetune(
-    recipe: RecipeName, overrides: Overrides = None, local: Local = False, address: Address = None
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    local: Local = False,
+    address: Address = None,
+    go_on: Continue = False,
 ) -> None:
     """Train a detector on boxes: needs run=FOLDER, data.train=SET and init=WEIGHTS."""
     with one_line_errors():
-        _start("finetune", recipe, overrides or [], local, address)
+        _start("finetune", recipe, overrides or [], local, address, go_on)
 
 
 @app.command()
@@ -260,12 +269,21 @@ def main() -> None:
 
 
 def _start(
-    stage: StageName, recipe: str, overrides: list[str], local: bool, address: str | None
+    stage: StageName,
+    recipe: str,
+    overrides: list[str],
+    local: bool,
+    address: str | None,
+    go_on: bool,
 ) -> None:
+    from cluster.continuing import begun_or_continued
     from cluster.preflight import checked_new_run
     from cluster.stages import recipe_of
 
-    _run(checked_new_run(recipe_of(stage, recipe, overrides)), local, address)
+    if go_on:
+        _run(begun_or_continued(stage, recipe, overrides), local, address)
+    else:
+        _run(checked_new_run(recipe_of(stage, recipe, overrides)), local, address)
 
 
 def _run(recipe: "Recipe", local: bool, address: str | None) -> None:

@@ -48,7 +48,12 @@ def recipe_of(stage: StageName, name: str, overrides: Sequence[str] = ()) -> Rec
 
     Raises RecipeError: no such recipe, or one line per mistake in it.
     """
-    return parsed_recipe(parse_recipe(recipe_source(name, _package(stage))), overrides, stage)
+    return parsed_recipe(recipe_values(stage, name, overrides), (), stage)
+
+
+def recipe_values(stage: StageName, name: str, overrides: Sequence[str] = ()) -> dict[str, object]:
+    """What a recipe and its overrides say, unchecked; RecipeError as `recipe_of`."""
+    return override(parse_recipe(recipe_source(name, _package(stage))), overrides)
 
 
 def parsed_recipe(

@@ -18,7 +18,16 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the recipe.")
 ]
 Local = Annotated[bool, typer.Option("--local", help="In this process, without Ray.")]
-Address = Annotated[str | None, typer.Option(help="A running Ray cluster; default: a local one.")]
+Continue = Annotated[
+    bool, typer.Option("--continue", help="Go on where the run exists already, else begin it.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="A running Ray cluster: HOST:PORT or auto, or http://HEAD:8265 to submit a job there; "
+        "default: a local one."
+    ),
+]
 Weights = Annotated[
     str, typer.Argument(help="A run, an export, a checkpoint file, ours or others'; path or URL.")
 ]

@@ -1,0 +1,41 @@
+"""`--continue`: a command that may be given again and again, and goes on where its run exists.
+
+For whoever starts commands without knowing what became of the last one: a job that a cluster tries
+again, a manifest, a pipeline.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+from cluster.preflight import checked_new_run, resumed_recipe
+from cluster.stages import Recipe, StageName, parsed_recipe, recipe_values
+from training.record import read_recipe_values
+from training.run_folder import open_run_folder
+
+
+def begun_or_continued(stage: StageName, name: str, overrides: Sequence[str]) -> Recipe:
+    """The recipe to start with: checked as a new run's, or that of the run which is there already.
+
+    Whatever the recipe says must be what the run there was begun with, but for the keys that a
+    resume may change. Raises RecipeError or RefusedJob, as `checked_new_run` and `resumed_recipe`.
+    """
+    values = recipe_values(stage, name, overrides)
+    recipe = parsed_recipe(values, (), stage)
+    if read_recipe_values(open_run_folder(recipe.run)) is None:
+        return checked_new_run(recipe)
+    return resumed_recipe(recipe.run, list(_said(values, recipe.model_dump(mode="json"))))
+
+
+def _said(
+    values: Mapping[str, object], resolved: Mapping[str, object], prefix: str = ""
+) -> Iterator[str]:
+    """Overrides for the keys in `values`, with what `resolved` has: absolute paths.
+
+    What a recipe leaves unsaid may have been told to the run by its weights or data.
+    """
+    for key, value in values.items():
+        inner = resolved.get(key)
+        if isinstance(value, Mapping) and value and isinstance(inner, Mapping):
+            yield from _said(value, inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={json.dumps(inner)}"
