@@ -11,12 +11,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from models.artefact import Artefact, without_credentials
+from models.artefact import Artefact
 from models.detector import Detector
 from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError, read_checkpoint
 from models.interop.placing import LoadReport, place_tensors
 from models.interop.recognise import recognise
+from models.urls import public_url
 from training.recipe import load_recipe
 from training.run_folder import RunFolder, open_run_folder
 from training.run_weights import RunWeights, run_weights
@@ -56,7 +57,7 @@ def open_weights(source: str) -> Artefact:
         if folder.size(name) is not None:
             return _of_file(f"{folder.url}/{name}", _config(folder))
     raise WeightsError(
-        f"{without_credentials(source)} holds no weights: it is no file, has no "
+        f"{public_url(source)} holds no weights: it is no file, has no "
         f"{' or '.join(FILES)} and no checkpoints of a run; give one of these"
     )
 

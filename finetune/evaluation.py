@@ -27,10 +27,10 @@ from finetune.coco_ap import CocoScores, score_coco
 from finetune.scores import Difficult, PictureDetections, PictureTruth
 from finetune.shares import ClassMap, JudgedPicture, Share, map_classes, predict_share
 from finetune.voc_ap import VocScores, score_voc
-from models.artefact import without_credentials
 from models.matching import ClassScores
 from models.settings import Settings
 from models.structures import Classes
+from models.urls import public_url
 from training.world import World, gather_objects
 
 EvaluationProtocol = Literal["coco", "voc07", "voc"]
@@ -165,7 +165,7 @@ def score_shares(
     truths = [picture.truth for picture in found]
     detections = [picture.detections for picture in found]
     return Evaluation(
-        data=without_credentials(data.url),
+        data=public_url(data.url),
         pictures=len(found),
         skipped=tuple(sorted(name for share in shares for name in share.skipped)),
         missing=class_map.missing,

@@ -30,8 +30,8 @@ from finetune.one_shot_shares import (
     merged,
     reference_features,
 )
-from models.artefact import without_credentials
 from models.patch_queries import PatchDetector
+from models.urls import public_url
 from training.world import World, gather_objects
 
 
@@ -121,7 +121,7 @@ def score_answers(
     runs = [[each.runs[run] for each in found] for run in range(test.one_shot.references)]
     names = test.data.classes.names
     return OneShotEvaluation(
-        data=without_credentials(test.data.url),
+        data=public_url(test.data.url),
         pictures=len(found),
         questions=sum(len(test.plan.questions[picture.sample_id]) for picture in found),
         skipped=tuple(sorted(name for share in shares for name in share.skipped)),

@@ -14,13 +14,14 @@ from finetune.agreement import resolved_settings
 from finetune.artefacts import bare_tensors, fill, open_weights
 from finetune.fitting import fitted
 from finetune.transfer import with_backbone
-from models.artefact import Artefact, without_credentials
+from models.artefact import Artefact
 from models.detector_settings import DetectorSettings
 from models.interop.backbones import load_backbone
 from models.interop.checkpoint_files import WeightsError
 from models.interop.placing import LoadReport
 from models.one_shot import NUM_CLASSES, one_shot_detector, one_shot_settings
 from models.patch_queries import PatchDetector
+from models.urls import public_url
 
 LEFT_OUT = ("reconstruction.*", "attention.*", "mask_head.*")
 """Tensors of other models that one-shot detection has no use for."""
@@ -104,7 +105,7 @@ def _asks_the_same(artefact: Artefact) -> bool:
 def _from_scratch(model: PatchDetector) -> LoadReport:
     backbone = load_backbone(model.detector.backbone)
     given = model.detector.settings.backbone.weights
-    weights = given and without_credentials(given)
+    weights = given and public_url(given)
     loaded = tuple(f"detector.backbone.body.{name}" for name in backbone.loaded)
     return LoadReport(
         loaded=loaded,

@@ -31,9 +31,9 @@ from finetune.panoptic_quality import (
     quality_table,
 )
 from finetune.shares import ClassMap, map_classes
-from models.artefact import without_credentials
 from models.mask_head import PanopticDetector
 from models.structures import Classes
+from models.urls import public_url
 from training.world import World, gather_objects
 
 
@@ -212,7 +212,7 @@ def _scored(
         left_out.update(share.left_out)
     pictures = [picture for share in shares for picture in share.pictures]
     return PanopticEvaluation(
-        data=without_credentials(data.url),
+        data=public_url(data.url),
         quality=panoptic_quality(pictures, data.classes),
         skipped=tuple(sorted(told for share in shares for told in share.skipped)),
         missing=class_map.missing,

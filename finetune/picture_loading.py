@@ -13,7 +13,8 @@ from typing import TypeVar
 from data.pictures import BrokenPicture, decode_picture
 from finetune.picture_sources import PictureRef, read_bytes
 from finetune.predict import PreparedPicture, prepare
-from models.artefact import PictureInput, without_credentials
+from models.artefact import PictureInput
+from models.urls import public_url
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -106,10 +107,10 @@ def _load(entry: NumberedPicture, size: PictureInput) -> LoadedPicture | LeftOut
         content = read_bytes(entry.ref.url)
         return LoadedPicture(entry, content, prepare(decode_picture(content), size))
     except FileNotFoundError:
-        return LeftOutPicture(without_credentials(entry.ref.url), "no such file")
+        return LeftOutPicture(public_url(entry.ref.url), "no such file")
     except (BrokenPicture, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        return LeftOutPicture(without_credentials(entry.ref.url), reason)
+        return LeftOutPicture(public_url(entry.ref.url), reason)
 
 
 def _in_order(

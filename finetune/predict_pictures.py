@@ -37,7 +37,7 @@ from finetune.predict import (
     predict_batch,
     same_size_batches,
 )
-from models.artefact import without_credentials
+from models.urls import public_url
 
 PREDICTIONS = "predictions.json"
 IMAGES = "images.json"
@@ -157,7 +157,7 @@ def _key(
         {
             "id": entry.image_id,
             "file_name": entry.ref.name,
-            "url": without_credentials(entry.ref.url),
+            "url": public_url(entry.ref.url),
             "width": found[entry.image_id].width,
             "height": found[entry.image_id].height,
             "drawn": entry.drawn,

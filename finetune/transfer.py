@@ -15,13 +15,14 @@ import torch
 from finetune.agreement import guesses, resolved_settings
 from finetune.artefacts import BESIDE, bare_tensors, fill, open_weights
 from finetune.fitting import CLASS_HEADS, class_head_note, fitted
-from models.artefact import Artefact, without_credentials
+from models.artefact import Artefact
 from models.detector import Detector
 from models.detector_settings import DetectorSettings
 from models.interop.backbones import RANDOM_WEIGHTS, load_backbone
 from models.interop.class_names import match_names
 from models.interop.placing import LoadReport, listed
 from models.structures import Classes
+from models.urls import public_url
 
 
 def resolve_model(
@@ -68,7 +69,7 @@ def with_backbone(detector: Detector, report: LoadReport) -> LoadReport:
     if weights is None or weights == RANDOM_WEIGHTS:
         return _noted(report, "backbone: that of init")
     replaced = load_backbone(detector.backbone)
-    shown = without_credentials(weights)
+    shown = public_url(weights)
     note = f"backbone: that of model.backbone.weights={shown}, not that of init"
     if replaced.new:
         note += f", except {listed(replaced.new)}, which that file does not have"
@@ -79,7 +80,7 @@ def _from_scratch(detector: Detector) -> LoadReport:
     backbone = load_backbone(detector.backbone)
     loaded = tuple(f"backbone.body.{name}" for name in backbone.loaded)
     given = detector.settings.backbone.weights
-    weights = given and without_credentials(given)
+    weights = given and public_url(given)
     return LoadReport(
         loaded=loaded,
         reshaped=(),

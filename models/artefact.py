@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field, ValidationError
 from torch import Tensor
@@ -19,6 +18,7 @@ from models.interop.checkpoint_files import WeightsError
 from models.mask_head import MaskHeadSettings
 from models.settings import Settings
 from models.structures import Classes
+from models.urls import public_url
 
 METADATA_KEY = "querypatch"
 """Where the JSON lies in a safetensors header."""
@@ -109,7 +109,7 @@ def artefact_metadata(
 ) -> dict[str, str]:
     """What goes into the header of a safetensors file; credentials in URLs are taken out."""
     backbone = detector.backbone
-    weights = backbone.weights and without_credentials(backbone.weights)
+    weights = backbone.weights and public_url(backbone.weights)
     clean = backbone.model_copy(update={"weights": weights})
     header = _Header(
         kind=kind,
@@ -157,7 +157,7 @@ def parse_artefact_metadata(
         input=header.input,
         tensors=tensors,
         provenance=provenance,
-        source=without_credentials(source),
+        source=public_url(source),
         masks=header.masks,
     )
 
@@ -170,26 +170,13 @@ def querypatch_version() -> str:
         return "unknown"
 
 
-def without_credentials(url: str) -> str:
-    """The URL, chained or not, without a user's name and password and without a signed query."""
-    return "::".join(map(_without_credentials, url.split("::")))
-
-
-def _without_credentials(url: str) -> str:
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=host, query=""))
-
-
 def _cleaned(provenance: Provenance) -> Provenance:
     return provenance.model_copy(
         update={
             "version": provenance.version or querypatch_version(),
-            "run": provenance.run and without_credentials(provenance.run),
-            "data": provenance.data and without_credentials(provenance.data),
-            "init": tuple(map(without_credentials, provenance.init)),
+            "run": provenance.run and public_url(provenance.run),
+            "data": provenance.data and public_url(provenance.data),
+            "init": tuple(map(public_url, provenance.init)),
             # JSON has no word for a number that is none, and a null would make the file unreadable.
             "metrics": {
                 name: value for name, value in provenance.metrics.items() if math.isfinite(value)

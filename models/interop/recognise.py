@@ -17,7 +17,6 @@ from models.artefact import (
     PictureInput,
     Provenance,
     parse_artefact_metadata,
-    without_credentials,
 )
 from models.backbone import has_bottlenecks
 from models.detector_settings import DetectorSettings
@@ -35,6 +34,7 @@ from models.interop.panoptic import NAMES as PANOPTIC_NAMES
 from models.interop.panoptic import is_panoptic, panoptic_settings
 from models.interop.panoptic_classes import coco_panoptic_250
 from models.structures import Classes
+from models.urls import public_url
 
 Form = Literal["querypatch", "detr", "hf"]
 
@@ -207,7 +207,7 @@ def _foreign(
         input=PictureInput(),
         tensors=ours,
         provenance=Provenance(),
-        source=without_credentials(source),
+        source=public_url(source),
         form=form,
         guessed=guessed,
     )

@@ -12,7 +12,6 @@ from models.artefact import (
     Provenance,
     artefact_metadata,
     parse_artefact_metadata,
-    without_credentials,
 )
 from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
@@ -74,20 +73,10 @@ def test_no_credentials_get_into_a_header() -> None:
     assert artefact.provenance.data == "https://host/set#val"
 
 
-def test_a_chained_url_has_no_credentials_either() -> None:
-    url = "zip://w.pth::simplecache::s3://KEY:SECRET@bucket/w.zip"
-    assert without_credentials(url) == "zip://w.pth::simplecache::s3://bucket/w.zip"
-
-
 def test_a_number_that_does_not_exist_leaves_the_header_readable() -> None:
     """AP of small objects where there are none: JSON would hold a null in its place."""
     told = parsed(header(Provenance(metrics={"eval/ap": 0.5, "eval/ap_small": math.nan})))
     assert told.provenance.metrics == {"eval/ap": 0.5}
-
-
-@pytest.mark.parametrize("url", ["/a/b?c", "s3://b/k#07-test", "file:///a/b", "memory://a/b"])
-def test_places_without_credentials_stay_as_they_are(url: str) -> None:
-    assert without_credentials(url) == url
 
 
 def test_files_of_others_have_no_header() -> None:

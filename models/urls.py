@@ -1,0 +1,51 @@
+"""URLs as they may be shown: without the credentials that some people write into them."""
+
+import re
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
+
+SIGNING = ("signature", "token", "secret", "password", "credential", "sig", "key")
+"""Ends of the names of query parameters that let their holder in, as in signed links."""
+
+LOGINS = ("ftp", "sftp", "ssh", "smb", "hdfs", "webhdfs")
+"""Protocols whose user name alone is no secret; elsewhere it may be a token."""
+
+
+def public_url(url: str) -> str:
+    """The URL, chained or not, without a user's name and password and without a signed query.
+
+    What every message, page and record shows of a URL; a path stays as it is.
+    """
+    return "::".join(map(_public, url.split("::")))
+
+
+def holds_credentials(url: str) -> bool:
+    """Whether whoever reads this URL, chained or not, can use its writer's rights."""
+    return any(map(_lets_in, url.split("::")))
+
+
+def _public(url: str) -> str:
+    protocol, there, rest = url.partition("://")
+    if not there:
+        return url
+    _, host = _login(rest)
+    return urlunsplit(urlsplit(f"{protocol}://{host}")._replace(query=""))
+
+
+def _lets_in(url: str) -> bool:
+    protocol, there, rest = url.partition("://")
+    if not there:
+        return False
+    login, host = _login(rest)
+    is_login = ":" in login or (bool(login) and protocol not in LOGINS)
+    names = (name.lower() for name, _ in parse_qsl(urlsplit(f"{protocol}://{host}").query))
+    return is_login or any(name.endswith(SIGNING) for name in names)
+
+
+def _login(rest: str) -> tuple[str, str]:
+    """(user and password, what follows them) of a URL without its protocol.
+
+    Secrets of S3 hold slashes, which people do not escape: what stands between a colon and an @ is
+    one, unless the colon begins a port.
+    """
+    found = re.match(r"([^/@]*)@|([^/@:]*:(?!\d+/)[^@]*)@", rest)
+    return (found[1] or found[2] or "", rest[found.end() :]) if found else ("", rest)
