@@ -101,7 +101,7 @@ def _trainer(recipe: Recipe, folder: RunFolder, board: Any) -> TorchTrainer:
         train_loop_config={"recipe": recipe_yaml(recipe), "board": board},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=resources.max_workers,
             use_gpu=use_gpu,
             resources_per_worker={
                 "CPU": resources.cpus_per_worker,
@@ -123,7 +123,7 @@ def _uses_gpus(resources: Resources) -> bool:
     if resources.device != "auto":
         return resources.device == "cuda"
     found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return found.get("GPU", 0) >= resources.workers
+    return found.get("GPU", 0) >= resources.max_workers
 
 
 def _watch(fit: _Fit, board: Any, flag: StopFlag, console: Console) -> None:
@@ -191,7 +191,7 @@ def _connected(resources: Resources, address: str | None) -> Iterator[None]:
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if address is None:
         # A worker that is asked for gets its share of the machine, however small that is.
-        cores = max(os.cpu_count() or 1, resources.workers * resources.cpus_per_worker)
+        cores = max(os.cpu_count() or 1, resources.max_workers * resources.cpus_per_worker)
         ray.init(address="local", num_cpus=cores, include_dashboard=True, **options)
     else:
         ray.init(address=address, runtime_env=_shipped_code(), **options)

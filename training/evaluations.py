@@ -66,6 +66,7 @@ class Evaluations(Generic[B]):
         model.eval()
         with torch.no_grad():
             scoring = self._around.evaluate(model)
+        self._around.beat(step)
         self._job.model.train()
         if not self._job.world.is_first:
             return

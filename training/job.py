@@ -152,6 +152,15 @@ class Evaluated:
     """A copy on the CPU of the weights that were judged: the moving average where there is one."""
 
 
+def nothing_wanted() -> bool:
+    """Nobody wants a checkpoint before its time."""
+    return False
+
+
+def unheard(step: int) -> None:
+    """Nobody listens for signs of life."""
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What the run tells and is told; journal and display are of the first worker only."""
@@ -173,6 +182,14 @@ class Surroundings:
     """Counts of the stream and the store for the record."""
     report: Callable[[StepRecord], None] | None = None
     """Called with each record on every worker."""
+    checkpoint_wanted: Callable[[], bool] = nothing_wanted
+    """Asked once a step, on every worker: each True, of any worker, is one checkpoint after the
+    step; e.g. where this worker's machine has announced its end.
+    """
+    beat: Callable[[int], None] = unheard
+    """A sign of life, on every worker: called with the updates done, after each of them and with
+    every batch of an evaluation.
+    """
 
 
 def plan_steps(settings: LoopSettings, batches_per_epoch: int) -> Plan:

@@ -69,7 +69,7 @@ class Reporter(Generic[B]):
         return batches
 
     def wants_checkpoint(self, position: Position) -> bool:
-        """Whether one is due after this step; only the first worker's clock has a say."""
+        """Whether one is due or wanted after this step; only the first worker's clock has a say."""
         settings = self._job.settings
         every_steps, every_minutes = (
             settings.checkpoint_every_steps,
@@ -78,7 +78,8 @@ class Reporter(Generic[B]):
         by_steps = every_steps is not None and (position.step + 1) % every_steps == 0
         waited_s = self._around.clock() - self._saved_at
         by_clock = every_minutes is not None and waited_s >= 60 * every_minutes
-        return by_steps or (by_clock and self._job.world.is_first)
+        wanted = self._around.checkpoint_wanted()
+        return by_steps or wanted or (by_clock and self._job.world.is_first)
 
     def add_losses(self, losses: Losses, grad_norm: Float[Tensor, ""]) -> None:
         """Keeps the numbers of a good step, on their device."""
@@ -101,6 +102,7 @@ class Reporter(Generic[B]):
         batches: Sequence[B],
     ) -> None:
         """Records, evaluates and saves what is due after a step, in this order."""
+        self._around.beat(position.step)
         self._window.steps += 1
         self._window.pictures += verdict.pictures
         self._window.skipped += verdict.skipped

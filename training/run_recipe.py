@@ -60,7 +60,7 @@ class RunRecipe(Settings):
 
     def check_workers(self) -> None:
         """Raises ValueError where workers would be without a picture."""
-        if self.resources.workers > self.global_batch:
+        if self.resources.max_workers > self.global_batch:
             raise ValueError(
                 f"resources.workers={self.resources.workers} are more than the pictures of a "
                 f"batch, global_batch={self.global_batch}; use fewer workers"

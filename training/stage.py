@@ -24,7 +24,9 @@ from training.job import (
     Plan,
     Scoring,
     Surroundings,
+    nothing_wanted,
     plan_steps,
+    unheard,
 )
 from training.loop import train
 from training.metrics import Journal
@@ -54,6 +56,10 @@ class Host:
     """True once the run is asked to stop."""
     display: Callable[[int, int], AbstractContextManager[Display]]
     """Opens a display for (start step, total steps); asked by the first worker only."""
+    checkpoint_wanted: Callable[[], bool] = nothing_wanted
+    """As in `Surroundings`."""
+    beat: Callable[[int], None] = unheard
+    """As in `Surroundings`."""
 
 
 @dataclass(frozen=True)
@@ -130,4 +136,6 @@ def _surroundings(
         evaluate=stage.evaluate,
         judge=stage.judge,
         counters=lambda: {**stage.counters(), "uploads_failed": float(host.uploads.failures)},
+        checkpoint_wanted=host.checkpoint_wanted,
+        beat=host.beat,
     )

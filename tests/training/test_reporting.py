@@ -123,3 +123,20 @@ def test_skipped_pictures_are_counted_and_named() -> None:
     end = train(small_job(small_state(), settings, batches=batches), around, Position())
     assert end.skipped == 1
     assert [(r.skipped, r.skipped_keys) for r in records] == [(1, ("broken",)), (1, ())]
+
+
+def test_a_checkpoint_comes_for_each_wish() -> None:
+    kept = KeptCheckpoints()
+    wishes = iter([False, True, False, False, True, True])
+    settings = LoopSettings(steps=7, checkpoint_every_minutes=None)
+    around = replace(surroundings(kept), checkpoint_wanted=lambda: next(wishes, False))
+    train(small_job(small_state(), settings), around, Position())
+    assert [step for step, _ in kept.saved] == [2, 5, 6, 7]
+
+
+def test_every_update_and_every_evaluation_is_a_sign_of_life() -> None:
+    heard: list[int] = []
+    settings = LoopSettings(steps=4, evaluate_every=2)
+    around = replace(surroundings(), beat=heard.append, evaluate=lambda _: lambda: {"ap": 0.5})
+    train(small_job(small_state(), settings), around, Position())
+    assert heard == [0, 1, 2, 2, 3, 4, 4]
