@@ -75,6 +75,9 @@ def count_flops(detector: Detector, height: int, width: int) -> MultiplyAdds:
     """Of one unpadded picture of height x width pixels; the detector stays as it is."""
     model = copy.deepcopy(detector).eval().requires_grad_(False)
     seen = _watch(model)
+    if not model.settings.backbone.train:
+        # Where its precision is another one it is copied, and storages are not copied among fakes.
+        model.backbone.fold()
     rho = model.settings.rho
     operations = FlopCounterMode(display=False, custom_mapping=NORMALISATIONS)
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
