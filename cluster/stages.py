@@ -118,23 +118,14 @@ def show_recipe(name: str, overrides: Sequence[str] = ()) -> str:
 
     `name` is `stage/name`, a name alone where one stage has it, or a YAML file that says its stage.
     """
-    stage, source = _found(name)
+    stage, source = found_recipe(name)
     return shown_recipe(
         recipe_kind(stage), source, overrides, _users_keys(stage, source, overrides)
     )
 
 
-def _users_keys(stage: StageName, source: str | Path, overrides: Sequence[str]) -> tuple[str, ...]:
-    match stage:
-        case "pretrain":
-            return pretrain.recipe.USERS_KEYS
-        case "finetune":
-            return finetune.recipe.users_keys(override(parse_recipe(source), overrides))
-        case _:
-            assert_never(stage)
-
-
-def _found(name: str) -> tuple[StageName, str | Path]:
+def found_recipe(name: str) -> tuple[StageName, str | Path]:
+    """Stage and source of what `recipe show NAME` shows; RecipeError where it is of none."""
     for stage in STAGES:
         if name.startswith(f"{stage}/") and not Path(name).is_file():
             return stage, recipe_source(name.removeprefix(f"{stage}/"), _package(stage))
@@ -146,6 +137,16 @@ def _found(name: str) -> tuple[StageName, str | Path]:
         return having[0], recipe_source(name, _package(having[0]))
     source = recipe_source(name, _package("pretrain"))
     return stage_of(parse_recipe(source)), source
+
+
+def _users_keys(stage: StageName, source: str | Path, overrides: Sequence[str]) -> tuple[str, ...]:
+    match stage:
+        case "pretrain":
+            return pretrain.recipe.USERS_KEYS
+        case "finetune":
+            return finetune.recipe.users_keys(override(parse_recipe(source), overrides))
+        case _:
+            assert_never(stage)
 
 
 def _package(stage: StageName) -> str:
