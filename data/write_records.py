@@ -118,6 +118,12 @@ def read_classes(folder: Folder) -> dict[int, str]:
     return {int(number): name for number, name in report["classes"].items()}
 
 
+def announced_samples(folder: Folder) -> int | None:
+    """Samples that the writing of the shards reported; None where others wrote them."""
+    count = (_read_json(folder, REPORT_NAME) or {}).get("num_samples")
+    return count if isinstance(count, int) else None
+
+
 def remove_records(folder: Folder) -> None:
     """Take the records away: the index stands for them now."""
     if file_sizes(folder.inside(WRITING)):
