@@ -1,4 +1,4 @@
-"""URLs as they may be shown: without the credentials that some people write into them."""
+"""URLs: how they may be shown, without credentials, and what the stores behind them answered."""
 
 import re
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
@@ -21,6 +21,23 @@ def public_url(url: str) -> str:
 def holds_credentials(url: str) -> bool:
     """Whether whoever reads this URL, chained or not, can use its writer's rights."""
     return any(map(_lets_in, url.split("::")))
+
+
+def http_status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error of a store's library, or one that caused it, tells of.
+
+    The libraries need not be there: botocore keeps it in `response`, gcsfs in `code` and aiohttp
+    in `status`.
+    """
+    while error is not None:
+        known = vars(error)
+        response = known.get("response")
+        told = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+        for status in (told.get("HTTPStatusCode"), known.get("status"), known.get("code")):
+            if isinstance(status, int | str) and str(status).isdecimal():
+                return int(status)
+        error = error.__cause__
+    return None
 
 
 def _public(url: str) -> str:

@@ -8,6 +8,7 @@ one, or none. Sizes are checked after every put.
 
 import logging
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from typing import TypeVar
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+
+from models.urls import http_status
 
 T = TypeVar("T")
 
@@ -70,20 +73,33 @@ class RunFolder:
         try:
             self._retry(lambda: self._put_once(source, name), "write", name)
         except FileNotFoundError as error:
-            raise StoreError(
-                f"could not write {self.url}/{name}: {_one_line(error)}; does the bucket exist?"
-            ) from error
+            raise self._no_bucket(name, error) from error
 
     def write(self, name: str, data: bytes) -> None:
-        """Publishes `data` as `name`, whole or not at all.
+        """Publishes `data` as `name`, whole or not at all, without a local copy of it.
 
         Raises:
             StoreError: as `put`.
         """
-        with self.spool() as spool:
-            source = spool / "data"
-            source.write_bytes(data)
-            self.put(source, name)
+        try:
+            self._retry(lambda: self._write_once(data, name), "write", name)
+        except FileNotFoundError as error:
+            raise self._no_bucket(name, error) from error
+
+    def create(self, name: str, data: bytes) -> None:
+        """Publishes `data` as `name` only where nothing is there yet, whole or not at all.
+
+        Some stores ignore the condition and replace what is there (rclone: measured). Where an
+        answer was lost on its way, the file that is there may be this one.
+
+        Raises:
+            FileExistsError: something is there.
+            StoreError: as `put`.
+        """
+        try:
+            self._retry(lambda: self._create_once(data, name), "write", name)
+        except FileNotFoundError as error:
+            raise self._no_bucket(name, error) from error
 
     def read(self, name: str) -> bytes:
         """The bytes of `name`.
@@ -120,7 +136,8 @@ class RunFolder:
             found = self._retry(lambda: self._list(folder), "list", folder)
         except FileNotFoundError:
             return []
-        return sorted(Path(str(path)).name for path in found)
+        names = sorted(Path(str(path)).name for path in found)
+        return [name for name in names if not name.startswith(SPOOL)]
 
     def delete(self, name: str) -> None:
         """Removes one file; it may be gone already."""
@@ -145,8 +162,13 @@ class RunFolder:
     def clear_spool(self) -> None:
         """Removes what killed processes left half-prepared; for the run's one writer."""
         if self.is_local:
-            for left in Path(self.root).glob(f"{SPOOL}*"):
+            for left in Path(self.root).glob(f"{SPOOL}*/"):
                 shutil.rmtree(left, ignore_errors=True)
+            # Others write small files at this moment, each in an instant.
+            for left in Path(self.root).rglob(f"{SPOOL}*"):
+                with suppress(FileNotFoundError):
+                    if time.time() - left.stat().st_mtime > STALE_S:
+                        left.unlink()
 
     def _put_once(self, source: Path, name: str) -> None:
         if self.is_local:
@@ -157,6 +179,33 @@ class RunFolder:
         stored = self._stored_size(name)
         if stored != size:
             raise StoreError(f"the store holds {stored} of {size} bytes")
+
+    def _write_once(self, data: bytes, name: str) -> None:
+        if self.is_local:
+            with _beside(Path(self.path(name)), data) as part:
+                _move_into_place(part, Path(self.path(name)))
+            return
+        self.filesystem.pipe_file(self.path(name), data)
+        stored = self._stored_size(name)
+        if stored != len(data):
+            raise StoreError(f"the store holds {stored} of {len(data)} bytes")
+
+    def _create_once(self, data: bytes, name: str) -> None:
+        if self.is_local:
+            with _beside(Path(self.path(name)), data) as part:
+                _link_into_place(part, Path(self.path(name)))
+            return
+        try:
+            self.filesystem.pipe_file(self.path(name), data, mode="create")
+        except _stumbles() as error:
+            if http_status(error) in (409, 412):
+                raise FileExistsError(self.path(name)) from error
+            raise
+
+    def _no_bucket(self, name: str, error: FileNotFoundError) -> StoreError:
+        return StoreError(
+            f"could not write {self.url}/{name}: {_one_line(error)}; does the bucket exist?"
+        )
 
     def _stored_size(self, name: str) -> int:
         self.filesystem.invalidate_cache()
@@ -174,7 +223,7 @@ class RunFolder:
                 time.sleep(min(30.0, self.patience.backoff_s * 2 ** (attempt - 1)))
             try:
                 return action()
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):
                 raise
             except PermissionError as error:
                 raise StoreError(
@@ -190,7 +239,10 @@ class RunFolder:
 
 
 SPOOL = ".writing-"
-"""How folders of half-prepared files are called, inside a local run and elsewhere."""
+"""How half-prepared files and folders of them are called, inside a local run and elsewhere."""
+
+STALE_S = 60.0
+"""Seconds after which a half-prepared small file is of a process that was killed."""
 
 
 def open_run_folder(
@@ -224,6 +276,33 @@ def _move_into_place(source: Path, target: Path) -> None:
         source = Path(shutil.copyfile(source, target.with_name(f".{target.name}.{os.getpid()}")))
     _sync(source)
     source.replace(target)
+    _sync(target.parent)
+
+
+@contextmanager
+def _beside(target: Path, data: bytes) -> Iterator[Path]:
+    """A file with `data` in the folder of `target`; gone afterwards, unless it was moved."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{SPOOL}{target.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        part.write_bytes(data)
+        yield part
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _link_into_place(part: Path, target: Path) -> None:
+    """FileExistsError where there is a `target`."""
+    _sync(part)
+    try:
+        os.link(part, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        # No hard links here: a reader may find it half-written for an instant.
+        with target.open("xb") as file:
+            file.write(part.read_bytes())
+        _sync(target)
     _sync(target.parent)
 
 

@@ -28,6 +28,9 @@ class Moods:
     writes: int = 0
     """Writes and deletes so far."""
     before_put: Callable[[], None] = lambda: None
+    before_read: Callable[[], None] = lambda: None
+    ignores_conditions: bool = False
+    """True where a file is replaced that should be written only if it is not there."""
 
 
 class StumblingFileSystem(MemoryFileSystem):
@@ -41,16 +44,18 @@ class StumblingFileSystem(MemoryFileSystem):
         self.pseudo_dirs = [""]
 
     def put_file(self, lpath: str, rpath: str, **kwargs: object) -> None:
-        self._count()
-        self.moods.before_put()
-        if self.moods.fail_puts:
-            self.moods.fail_puts -= 1
-            raise self.moods.error
+        self._before_put()
         super().put_file(lpath, rpath, **kwargs)
-        if self.moods.cut_puts:
-            self.moods.cut_puts -= 1
-            data = self.cat_file(rpath)
-            self.pipe_file(rpath, data[: len(data) // 2])
+        self._cut(rpath)
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: object) -> None:
+        self._before_put()
+        super().pipe_file(path, value, "overwrite" if self.moods.ignores_conditions else mode)
+        self._cut(path)
+
+    def cat_file(self, path: str, **kwargs: object) -> bytes:
+        self.moods.before_read()
+        return bytes(super().cat_file(path, **kwargs))
 
     def rm_file(self, path: str) -> None:
         if not self.moods.may_delete:
@@ -58,6 +63,19 @@ class StumblingFileSystem(MemoryFileSystem):
         if self.exists(path):
             self._count()
         super().rm_file(path)
+
+    def _before_put(self) -> None:
+        self._count()
+        self.moods.before_put()
+        if self.moods.fail_puts:
+            self.moods.fail_puts -= 1
+            raise self.moods.error
+
+    def _cut(self, path: str) -> None:
+        if self.moods.cut_puts:
+            self.moods.cut_puts -= 1
+            data = self.store[path].getvalue()
+            super().pipe_file(path, data[: len(data) // 2])
 
     def _count(self) -> None:
         if self.moods.kill_at == self.moods.writes:
