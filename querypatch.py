@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
+from cluster.job_cli import jobs_cli
+from cluster.node_cli import node_app
+from cluster.render_cli import render_app
 from cluster.shard_cli import shards_app
 from cluster.show_cli import show_app
 from cluster.study_cli import study_app
@@ -31,10 +34,12 @@ from cluster.words import (
     StageName,
     Weights,
     console,
+    is_jobs_address,
     one_line_errors,
 )
 
 if TYPE_CHECKING:
+    from cluster.jobs import Order
     from cluster.stages import Recipe
     from finetune.predict import LoadedDetector
 
@@ -47,12 +52,15 @@ app = typer.Typer(
 recipe_app = typer.Typer(help="All the settings of a run, as YAML.", no_args_is_help=True)
 data_app = typer.Typer(help="Labelled sets: COCO, VOC, YOLO, shards.", no_args_is_help=True)
 weights_app = typer.Typer(help="Files of weights, ours and others'.", no_args_is_help=True)
+app.add_typer(jobs_cli)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
 app.add_typer(shards_app, name="shards")
 app.add_typer(show_app, name="show")
 app.add_typer(study_app, name="study")
+app.add_typer(render_app, name="render")
+app.add_typer(node_app, name="node", hidden=True)
 
 
 @app.command()
@@ -90,6 +98,11 @@ def resume(
 ) -> None:
     """Continue a run from its newest whole checkpoint, at the very next batch."""
     with one_line_errors():
+        if address is not None and is_jobs_address(address):
+            from cluster.orders import resume_order
+
+            _submit(resume_order(run, overrides or []), address)
+            return
         from cluster.preflight import resumed_recipe
 
         _run(resumed_recipe(run, overrides or []), local, address)
@@ -276,6 +289,11 @@ def _start(
     address: str | None,
     go_on: bool,
 ) -> None:
+    if address is not None and is_jobs_address(address):
+        from cluster.orders import start_order
+
+        _submit(start_order(recipe, overrides, stage=stage), address)
+        return
     from cluster.continuing import begun_or_continued
     from cluster.preflight import checked_new_run
     from cluster.stages import recipe_of
@@ -284,6 +302,12 @@ def _start(
         _run(begun_or_continued(stage, recipe, overrides), local, address)
     else:
         _run(checked_new_run(recipe_of(stage, recipe, overrides)), local, address)
+
+
+def _submit(order: "Order", address: str) -> None:
+    from cluster.job_commands import Submission, submit_order
+
+    submit_order(order, Submission(address), console())
 
 
 def _run(recipe: "Recipe", local: bool, address: str | None) -> None:

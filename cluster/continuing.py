@@ -23,16 +23,20 @@ def begun_or_continued(stage: StageName, name: str, overrides: Sequence[str]) ->
     recipe = parsed_recipe(values, (), stage)
     if read_recipe_values(open_run_folder(recipe.run)) is None:
         return checked_new_run(recipe)
-    return resumed_recipe(recipe.run, list(_said(values, recipe.model_dump(mode="json"))))
+    return resumed_recipe(recipe.run, said(values, recipe))
+
+
+def said(values: Mapping[str, object], recipe: Recipe) -> list[str]:
+    """Overrides for the keys in `values`, with what the recipe has there: absolute paths.
+
+    What is left unsaid may be told to the run by its weights or data.
+    """
+    return list(_said(values, recipe.model_dump(mode="json"), ""))
 
 
 def _said(
-    values: Mapping[str, object], resolved: Mapping[str, object], prefix: str = ""
+    values: Mapping[str, object], resolved: Mapping[str, object], prefix: str
 ) -> Iterator[str]:
-    """Overrides for the keys in `values`, with what `resolved` has: absolute paths.
-
-    What a recipe leaves unsaid may have been told to the run by its weights or data.
-    """
     for key, value in values.items():
         inner = resolved.get(key)
         if isinstance(value, Mapping) and value and isinstance(inner, Mapping):

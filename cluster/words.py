@@ -50,6 +50,11 @@ Url = Annotated[str, typer.Argument(help="Folder: a path or any fsspec URL.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="PNG to write.")]
 
 
+def is_jobs_address(address: str | None) -> bool:
+    """Whether an address is of a cluster's Jobs API rather than of a cluster to join."""
+    return address is not None and address.startswith(("http://", "https://"))
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Errors that name the way out are shown as they are; QUERYPATCH_TRACEBACK=1 shows it all."""

@@ -1,0 +1,102 @@
+"""What is asked of a cluster: commands with everything they read, and nothing secret in them.
+
+Commands, files and variables of a job can be seen by everybody who sees the cluster, so a secret
+among them is refused; docs/cluster.md says where secrets belong.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from cluster.continuing import said
+from cluster.jobs import Order
+from cluster.packaging import EXTRAS
+from cluster.stages import Recipe, StageName, found_recipe, parsed_recipe, recipe_values
+from models.urls import holds_credentials, public_url
+from training.recipe import RecipeError, override, parse_recipe
+from training.run_recipe import absolute
+from training.strict_yaml import dump_yaml
+
+RECIPE = "recipe.yaml"
+
+_SECRET = re.compile(r"SECRET|TOKEN|PASSW|PASSPHRASE|CREDENTIAL|SIGNATURE|(^|_)(KEY|AUTH)(_|$)")
+
+
+def start_order(
+    name: str, overrides: Sequence[str], job: str | None = None, stage: StageName | None = None
+) -> Order:
+    """The order to begin or continue the run of a recipe; `name` as in `querypatch submit`, or that
+    of a recipe of `stage`.
+
+    Raises RecipeError: mistakes in the recipe, or credentials in it.
+    """
+    if stage is None:
+        stage, source = found_recipe(name)
+        values = override(parse_recipe(source), overrides)
+    else:
+        values = recipe_values(stage, name, overrides)
+    recipe = parsed_recipe(values, (), stage)
+    shipped = {"stage": stage, **override({}, said(values, recipe))}
+    check_nothing_secret(shipped)
+    return Order(
+        words=(stage, f"{EXTRAS}/{RECIPE}", "--continue"),
+        name=job or recipe.run,
+        run=public_url(recipe.run),
+        files={RECIPE: dump_yaml(shipped).encode()},
+    )
+
+
+def resume_order(run: str, overrides: Sequence[str], job: str | None = None) -> Order:
+    """The order to continue the run at a URL, of which nothing else needs to be known here."""
+    url = absolute(run)
+    assert url is not None
+    check_nothing_secret({"run": url, "overrides": list(overrides)})
+    return Order(words=("resume", url, *overrides), name=job or url, run=public_url(url))
+
+
+def environment(names: Iterable[str]) -> dict[str, str]:
+    """Variables of this process for a job, by their names.
+
+    Raises ValueError: one that is not set, or whose name or value is that of a secret.
+    """
+    found = {}
+    for name in names:
+        value = os.environ.get(name)
+        if value is None:
+            raise ValueError(f"--env {name}: there is no such variable here; export it first")
+        if _SECRET.search(name.upper()) or holds_credentials(value):
+            raise ValueError(
+                f"--env {name} looks like a secret, and everybody who sees the cluster's jobs "
+                "would see it; give it to the cluster's machines instead (a role, a profile, a "
+                "Kubernetes secret: docs/cluster.md)"
+            )
+        found[name] = value
+    return found
+
+
+def local_paths(recipe: Recipe) -> list[str]:
+    """Keys of a recipe that name folders of a machine, which must be the same on all."""
+    values = recipe.model_dump(mode="json")
+    return [key for key, text in _texts(values) if text.startswith("/")]
+
+
+def check_nothing_secret(values: Mapping[str, object]) -> None:
+    """Raises RecipeError where a URL among the values holds credentials."""
+    for key, text in _texts(values):
+        if holds_credentials(text):
+            raise RecipeError(
+                f"{key}={public_url(text)} was given with credentials in the URL, which everybody "
+                "who sees the cluster's jobs would see; leave them out and give them to the "
+                "cluster's machines (a role, a profile, a Kubernetes secret)"
+            )
+
+
+def _texts(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        match value:
+            case Mapping():
+                yield from _texts(value, f"{prefix}{key}.")
+            case str():
+                yield prefix + key, value
+            case list():
+                yield from ((prefix + key, text) for text in value if isinstance(text, str))
