@@ -1,21 +1,26 @@
 """What the recipe of every stage says: where the run lies, how it learns, and on what machines."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models.ops.deformable import OpsSettings
 from models.settings import Settings
+from models.urls import holds_credentials, public_url
 from training.ema import EmaSettings
 from training.job import LoopSettings
 from training.optimiser import OptimiserSettings
 from training.resources import Resources
 from training.retention import RetentionSettings
 from training.schedule import ScheduleSettings
+from training.storage_settings import StorageSettings
 
 FREE_KEYS = (
     "run",
     "resources.",
+    "storage.",
     "ops.",
     "data.stream.",
     "loop.log_every",
@@ -55,8 +60,21 @@ class RunRecipe(Settings):
     """Which checkpoints stay."""
     resources: Resources = Resources()
     """Workers and devices."""
+    storage: StorageSettings = StorageSettings()
+    """How object stores are reached."""
     ops: OpsSettings = OpsSettings()
     """How operators are computed."""
+
+    @model_validator(mode="after")
+    def _without_credentials(self) -> Self:
+        for key, value in _texts(self.model_dump(mode="json"), ""):
+            if holds_credentials(value):
+                raise ValueError(
+                    f"{key}={public_url(value)} was given with a password or a signature, and "
+                    "recipes are stored and shown; leave it out and give it by the environment "
+                    "(e.g. AWS_ACCESS_KEY_ID, FSSPEC_SFTP_PASSWORD) or by a profile"
+                )
+        return self
 
     def check_workers(self) -> None:
         """Raises ValueError where workers would be without a picture."""
@@ -65,6 +83,19 @@ class RunRecipe(Settings):
                 f"resources.workers={self.resources.workers} are more than the pictures of a "
                 f"batch, global_batch={self.global_batch}; use fewer workers"
             )
+
+
+def _texts(values: object, place: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, value) of every text of a recipe."""
+    match values:
+        case str():
+            yield place, values
+        case Mapping():
+            for key, value in values.items():
+                yield from _texts(value, f"{place}.{key}" if place else key)
+        case list():
+            for value in values:
+                yield from _texts(value, place)
 
 
 def absolute(path: str | None) -> str | None:

@@ -12,7 +12,7 @@ import re
 from typing import Self
 
 import fsspec
-from pydantic import JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from models.settings import Settings
 from models.urls import holds_credentials
@@ -23,7 +23,7 @@ SECRET = re.compile(
     r"secret|passw|credential|connectionstring|(access|account|customer|private|api|sas)key"
     r"|^key$|^login$|token$"
 )
-"""In the name of an option, in lower case and without underscores: its value may let somebody in."""
+"""In the name of an option, in lower case and without underscores: its value may open a door."""
 
 HARMLESS_TOKENS = ("anon", "cloud", "google_default", "browser", "cache")
 """Ways that gcsfs calls its token by and that are no token."""
@@ -35,7 +35,7 @@ PROTOCOLS = {"s3a": "s3", "gcs": "gs", "abfss": "abfs", "adl": "abfs", "az": "ab
 class StorageSettings(Settings):
     """How object stores are reached."""
 
-    options: Options = {}
+    options: Options = Field(default_factory=dict)
     """What fsspec's file systems are made with, by protocol, without secrets, e.g.
     s3: {endpoint_url: "https://store:9000", profile: training}; wins over FSSPEC_* of the machine.
     """

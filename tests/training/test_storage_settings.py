@@ -10,6 +10,8 @@ import fsspec
 import pytest
 from pydantic import ValidationError
 
+from pretrain.recipe import recipe_of
+from training.recipe import RecipeError
 from training.storage_settings import StorageSettings, apply_storage_options
 
 SECRETS = (
@@ -74,3 +76,15 @@ def test_every_url_of_this_process_and_its_children_gets_the_options(
         "profile": "new",
         "requester_pays": True,
     }
+
+
+def test_a_recipe_takes_options_and_no_url_with_a_password() -> None:
+    said = ["run=r", "data.shards=s", "model.backbone.weights=w"]
+    recipe = recipe_of("tiny_cpu", [*said, "storage.options.s3.endpoint_url=http://store:9000"])
+    assert recipe.storage.options == {"s3": {"endpoint_url": "http://store:9000"}}
+    with pytest.raises(RecipeError, match=r"^storage: options.s3.secret looks like a secret"):
+        recipe_of("tiny_cpu", [*said, "storage.options.s3.secret=x"])
+    with pytest.raises(RecipeError) as caught:
+        recipe_of("tiny_cpu", [*said, "data.held_out=s3://KEY:SECRET@bucket/set"])
+    assert str(caught.value).startswith("data.held_out=s3://bucket/set was given with a password")
+    assert "SECRET" not in str(caught.value).replace("AWS_SECRET", "")
