@@ -1,0 +1,76 @@
+"""`querypatch render`: a recipe as manifests for the machines that will run it."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cluster.words import Overrides, RecipeName, one_line_errors
+
+render_app = typer.Typer(help="A recipe as files that start a cluster.", no_args_is_help=True)
+
+With = Annotated[
+    list[str] | None,
+    typer.Option("--with", metavar="KEY=VALUE", help="Of the machines; may be repeated."),
+]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="File; default: standard output.")]
+
+
+@render_app.command("k8s")
+def render_for_k8s(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    machines: With = None,
+    kind: Annotated[
+        Literal["job", "cluster"], typer.Option(help="A RayJob, or a RayCluster that stays.")
+    ] = "job",
+    out: Out = None,
+) -> None:
+    """Manifests of KubeRay: needs run=URL and --with image=IMAGE; all keys: `render keys k8s`."""
+    with one_line_errors():
+        from cluster.portable import portable_recipe
+        from cluster.render_k8s import render_k8s
+        from cluster.render_pods import SCRATCH, VOLUME
+        from cluster.render_settings import K8sSettings
+        from training.recipe import load_recipe
+
+        settings = load_recipe(K8sSettings, {}, machines or [])
+        folders = [SCRATCH, *([VOLUME] if settings.volume_claim else [])]
+        _write(render_k8s(portable_recipe(recipe, overrides or [], folders), settings, kind), out)
+
+
+@render_app.command("ray-up")
+def render_for_ray_up(
+    provider: Annotated[Literal["aws", "gcp"], typer.Argument(help="Whose machines.")],
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    machines: With = None,
+    out: Out = None,
+) -> None:
+    """A cluster file for `ray up`, as large as RECIPE asks; all keys: `render keys ray-up`."""
+    with one_line_errors():
+        from cluster.portable import portable_recipe
+        from cluster.render_ray_up import render_ray_up
+        from cluster.render_settings import RayUpSettings
+        from training.recipe import load_recipe
+
+        settings = load_recipe(RayUpSettings, {}, machines or [])
+        _write(render_ray_up(portable_recipe(recipe, overrides or []), provider, settings), out)
+
+
+@render_app.command("keys")
+def render_keys(
+    target: Annotated[Literal["k8s", "ray-up"], typer.Argument(help="For which command.")],
+) -> None:
+    """What --with can say, with the default and a sentence for each."""
+    from cluster.render_settings import K8sSettings, RayUpSettings, keys_text
+
+    typer.echo(keys_text(K8sSettings if target == "k8s" else RayUpSettings))
+
+
+def _write(text: str, out: Path | None) -> None:
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text)
+        typer.echo(f"wrote {out}")
