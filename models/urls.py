@@ -10,6 +10,15 @@ LOGINS = ("ftp", "sftp", "ssh", "smb", "hdfs", "webhdfs")
 """Protocols whose user name alone is no secret; elsewhere it may be a token."""
 
 
+PASSING_STATUS = frozenset({408, 409, 425, 429})
+"""Statuses of 4xx that ask to come again: too slow, somebody else at it, too early, too often."""
+
+PASSING_CODES = frozenset(
+    {"RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown"}
+)
+"""Errors of S3 that come with status 400 and are of the way there, not of the request."""
+
+
 def public_url(url: str) -> str:
     """The URL, chained or not, without a user's name and password and without a signed query.
 
@@ -38,6 +47,14 @@ def http_status(error: BaseException | None) -> int | None:
                 return int(status)
         error = error.__cause__
     return None
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a store understood and said no (4xx), so that asking again cannot help."""
+    status = http_status(error)
+    if status is None or not 400 <= status < 500 or status in PASSING_STATUS:
+        return False
+    return not any(code in str(error) or code in str(error.__cause__) for code in PASSING_CODES)
 
 
 def _public(url: str) -> str:

@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from models.urls import http_status
+from models.urls import http_status, is_refusal
+from training.stored_content import Content, content_of, is_read_back, is_told, part_bytes
+from training.unfinished import abort_uploads, clear_unfinished
 
 T = TypeVar("T")
 
@@ -59,6 +61,10 @@ class RunFolder:
     def is_local(self) -> bool:
         """True where files are on a disk of this machine."""
         return isinstance(self.filesystem, LocalFileSystem)
+
+    @property
+    def _is_s3(self) -> bool:
+        return "s3" in self.filesystem.protocol
 
     def path(self, name: str) -> str:
         """`name` as the file system spells it."""
@@ -126,7 +132,7 @@ class RunFolder:
     def size(self, name: str) -> int | None:
         """Bytes of `name`; None where there is no such file."""
         try:
-            return self._retry(lambda: self._stored_size(name), "look at", name)
+            return int(self._retry(lambda: self._stored_info(name), "look at", name)["size"])
         except FileNotFoundError:
             return None
 
@@ -160,35 +166,40 @@ class RunFolder:
             yield Path(spool)
 
     def clear_spool(self) -> None:
-        """Removes what killed processes left half-prepared; for the run's one writer."""
+        """Removes what killed processes left half-prepared or half-sent; for the one writer."""
+        if self._is_s3:
+            try:
+                abort_uploads(self.filesystem, self.root)
+            except _stumbles() as error:
+                logger.warning("%s: parts of files may be left: %s", self.url, _one_line(error))
         if self.is_local:
-            for left in Path(self.root).glob(f"{SPOOL}*/"):
-                shutil.rmtree(left, ignore_errors=True)
-            # Others write small files at this moment, each in an instant.
-            for left in Path(self.root).rglob(f"{SPOOL}*"):
-                with suppress(FileNotFoundError):
-                    if time.time() - left.stat().st_mtime > STALE_S:
-                        left.unlink()
+            clear_unfinished(Path(self.root), SPOOL)
 
     def _put_once(self, source: Path, name: str) -> None:
         if self.is_local:
             _move_into_place(source, Path(self.path(name)))
             return
-        size = source.stat().st_size
-        self.filesystem.put_file(str(source), self.path(name))
-        stored = self._stored_size(name)
-        if stored != size:
-            raise StoreError(f"the store holds {stored} of {size} bytes")
+        content = content_of(source)
+        parts = {"chunksize": part_bytes(content.size)} if self._is_s3 else {}
+        self.filesystem.put_file(str(source), self.path(name), **parts)
+        self._check_stored(content, name)
 
     def _write_once(self, data: bytes, name: str) -> None:
         if self.is_local:
             with _beside(Path(self.path(name)), data) as part:
                 _move_into_place(part, Path(self.path(name)))
             return
-        self.filesystem.pipe_file(self.path(name), data)
-        stored = self._stored_size(name)
-        if stored != len(data):
-            raise StoreError(f"the store holds {stored} of {len(data)} bytes")
+        parts = {"chunksize": part_bytes(len(data))} if self._is_s3 else {}
+        self.filesystem.pipe_file(self.path(name), data, **parts)
+        self._check_stored(content_of(data), name)
+
+    def _check_stored(self, content: Content, name: str) -> None:
+        info = self._stored_info(name)
+        if info["size"] != content.size:
+            raise StoreError(f"the store holds {info['size']} of {content.size} bytes")
+        if is_told(content, info) or is_read_back(content, self.filesystem, self.path(name)):
+            return
+        raise StoreError("the store holds other bytes than were put there")
 
     def _create_once(self, data: bytes, name: str) -> None:
         if self.is_local:
@@ -207,9 +218,10 @@ class RunFolder:
             f"could not write {self.url}/{name}: {_one_line(error)}; does the bucket exist?"
         )
 
-    def _stored_size(self, name: str) -> int:
+    def _stored_info(self, name: str) -> dict[str, Any]:
         self.filesystem.invalidate_cache()
-        return int(self.filesystem.info(self.path(name))["size"])
+        info: dict[str, Any] = self.filesystem.info(self.path(name))
+        return info
 
     def _list(self, folder: str) -> list[str]:
         self.filesystem.invalidate_cache()
@@ -230,6 +242,11 @@ class RunFolder:
                     f"may not {verb} {self.url}/{name}: {_one_line(error)}; check the credentials"
                 ) from error
             except _stumbles() as error:
+                if is_refusal(error):
+                    raise StoreError(
+                        f"could not {verb} {self.url}/{name}: {_one_line(error)}; the store will "
+                        "not do this however often it is asked"
+                    ) from error
                 problem = error
                 logger.warning("%s %s/%s: %s", verb, self.url, name, _one_line(error))
         raise StoreError(
@@ -240,9 +257,6 @@ class RunFolder:
 
 SPOOL = ".writing-"
 """How half-prepared files and folders of them are called, inside a local run and elsewhere."""
-
-STALE_S = 60.0
-"""Seconds after which a half-prepared small file is of a process that was killed."""
 
 
 def open_run_folder(

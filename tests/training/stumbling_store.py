@@ -20,6 +20,8 @@ class Moods:
     """Puts that raise before anything is stored."""
     cut_puts: int = 0
     """Puts that store half a file and tell nobody."""
+    alter_puts: int = 0
+    """Puts that store as many bytes, but others."""
     error: Exception = field(default_factory=lambda: OSError("503 slow down"))
     may_delete: bool = True
     """False where deletes are refused, even of what is not there."""
@@ -76,6 +78,9 @@ class StumblingFileSystem(MemoryFileSystem):
             self.moods.cut_puts -= 1
             data = self.store[path].getvalue()
             super().pipe_file(path, data[: len(data) // 2])
+        if self.moods.alter_puts:
+            self.moods.alter_puts -= 1
+            super().pipe_file(path, self.store[path].getvalue()[:-1] + b"?")
 
     def _count(self) -> None:
         if self.moods.kill_at == self.moods.writes:
