@@ -192,6 +192,8 @@ def to_device(packed: PackedPatchBatch, device: torch.device) -> PatchBatch:
         sample_ids=host.ids,
         skipped=tuple(picture.key for picture in packed.skipped),
         blank=packed.blank,
+        # The empty picture has no place; what is drawn for it counts for nothing.
+        places=packed.streams or (0,),
     )
 
 

@@ -43,7 +43,10 @@ def detection_task(
         ),
         to_device=detection_to_device,
         objective=DetectionObjective(
-            recipe.costs, recipe.losses, world, supervision_of(detector.settings)
+            recipe.costs,
+            recipe.losses,
+            detector.settings.num_queries,
+            supervision_of(detector.settings),
         ),
         evaluate=_evaluation(recipe, classes, sets.validation, world),
     )

@@ -4,13 +4,14 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from models.detection_losses import Supervision, detection_losses, unmatched_losses
 from models.losses import LossWeights
 from models.matching import MatchingCosts, UnmatchableError
+from models.shares import Share, counts_of
 from models.structures import DetectionBatch, DetectorOutput, Losses
-from training.world import World, all_reduce_sum
 
 logger = logging.getLogger(__name__)
 
@@ -23,22 +24,28 @@ class DetectionObjective:
 
     costs: MatchingCosts
     weights: LossWeights
-    world: World
+    num_queries: int
+    """Of the detector."""
     supervision: Supervision = AS_DETR
     """As the detector's settings say; see `models.detection_losses.supervision_of`."""
+
+    def counts(self, batch: DetectionBatch) -> Float[Tensor, "3"]:
+        """What the losses of a batch are divided by; those of its parts add up."""
+        return counts_of(batch.targets, self.num_queries, blank=batch.blank)
 
     def __call__(
         self,
         model: nn.Module,
         batch: DetectionBatch,
+        share: Share,
         generator: torch.Generator,  # noqa: ARG002  (nothing is drawn)
     ) -> Losses:
-        """The losses of one step; predictions that are not finite give a total of NaN."""
+        """The losses of one part; predictions that are not finite give a total of NaN."""
         output: DetectorOutput = model(batch.images)
-        return self.losses(output, batch)
+        return self.losses(output, batch, share)
 
-    def losses(self, output: DetectorOutput, batch: DetectionBatch) -> Losses:
-        """The losses of what the model said, with divisors over all workers.
+    def losses(self, output: DetectorOutput, batch: DetectionBatch, share: Share) -> Losses:
+        """The losses of what the model said, as shares of those of the whole batch.
 
         Where nothing can be matched, e.g. NaN boxes, a total of NaN on this worker: see
         `models.detection_losses.unmatched_losses`.
@@ -50,12 +57,9 @@ class DetectionObjective:
                 self.weights,
                 self.costs,
                 self.supervision,
-                reduce_sum=all_reduce_sum,
-                world_size=self.world.size,
+                share=share,
                 blank=batch.blank,
             )
         except UnmatchableError as error:
             logger.warning("the step is left out: %s", error)
-            return unmatched_losses(
-                output, batch.targets, self.supervision, reduce_sum=all_reduce_sum
-            )
+            return unmatched_losses(output, batch.targets, self.supervision)

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from data.detection_batches import PackedDetectionBatch, detection_to_device
 from data.detection_set import DetectionSet
@@ -23,6 +24,7 @@ from models.losses import LossWeights
 from models.matching import MatchingCosts
 from models.one_shot import one_shot_detector
 from models.patch_queries import PatchDetector, PatchOutput
+from models.shares import Share, counts_of
 from models.structures import DetectionBatch, Losses
 from training.world import World
 
@@ -54,7 +56,10 @@ def one_shot_task(
         content=content,
         to_device=detection_to_device,
         objective=OneShotObjective(
-            recipe.costs, recipe.losses, world, supervision_of(model.detector.settings)
+            recipe.costs,
+            recipe.losses,
+            model.detector.settings.num_queries,
+            supervision_of(model.detector.settings),
         ),
         evaluate=_evaluation(recipe, sets.validation, world),
         pictures=pictures,
@@ -76,19 +81,25 @@ class OneShotObjective:
 
     costs: MatchingCosts
     weights: LossWeights
-    world: World
+    num_queries: int
+    """Of the detector."""
     supervision: Supervision = AS_DETR
+
+    def counts(self, batch: DetectionBatch) -> Float[Tensor, "3"]:
+        """What the losses of a batch are divided by; those of its parts add up."""
+        return counts_of(batch.targets, self.num_queries, blank=batch.blank)
 
     def __call__(
         self,
         model: nn.Module,
         batch: DetectionBatch,
+        share: Share,
         generator: torch.Generator,  # noqa: ARG002  (nothing is drawn)
     ) -> Losses:
-        """The losses of one step; predictions that are not finite give a total of NaN."""
+        """The losses of one part; predictions that are not finite give a total of NaN."""
         output: PatchOutput = model(batch.images, batch.query_patches)
-        detection = DetectionObjective(self.costs, self.weights, self.world, self.supervision)
-        return detection.losses(output.detection, batch)
+        detection = DetectionObjective(self.costs, self.weights, self.num_queries, self.supervision)
+        return detection.losses(output.detection, batch, share)
 
 
 def _model(recipe: FinetuneRecipe, is_fresh: bool) -> tuple[PatchDetector, LoadReport | None]:

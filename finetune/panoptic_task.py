@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from data.detection_batches import PackedDetectionBatch, detection_to_device
 from data.detection_set import DetectionSet
@@ -28,8 +29,9 @@ from models.interop.placing import LoadReport
 from models.mask_head import MatchedMasks, PanopticDetector
 from models.mask_losses import MaskLossWeights, mask_losses, true_masks
 from models.matching import MatchingCosts, UnmatchableError
+from models.shares import Share, counts_of
 from models.structures import Classes, DetectionBatch, Losses, Targets
-from training.world import World, all_reduce_sum
+from training.world import World
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +42,21 @@ class PanopticObjective:
 
     costs: MatchingCosts
     weights: MaskLossWeights
-    world: World
+    num_queries: int
+    """Of the detector."""
+
+    def counts(self, batch: DetectionBatch) -> Float[Tensor, "3"]:
+        """What the losses of a batch are divided by; those of its parts add up."""
+        return counts_of(batch.targets, self.num_queries, blank=batch.blank)
 
     def __call__(
         self,
         model: nn.Module,
         batch: DetectionBatch,
+        share: Share,
         generator: torch.Generator,  # noqa: ARG002  (nothing is drawn)
     ) -> Losses:
-        """The losses of one step; predictions that are not finite give a total of NaN."""
+        """The losses of one part; predictions that are not finite give a total of NaN."""
         assert batch.segments is not None
         try:
             found: MatchedMasks = model(batch.images, batch.targets, self.costs)
@@ -60,15 +68,13 @@ class PanopticObjective:
             true_masks(found.matching, batch.segments),
             sum(len(labels) for labels in batch.targets.labels),
             self.weights,
-            reduce_sum=all_reduce_sum,
-            world_size=self.world.size,
+            share=share,
             blank=batch.blank,
         )
 
     def _unmatched(self, model: nn.Module, batch: DetectionBatch) -> Losses:
-        """NaN that reaches every parameter, and this worker's part in the sum over all."""
+        """NaN that reaches every parameter."""
         found: MatchedMasks = model(batch.images, _no_targets(batch.targets), self.costs)
-        all_reduce_sum(found.logits.new_zeros((), dtype=torch.float32))
         return Losses(found.logits.float().sum() * torch.nan)
 
 
@@ -94,7 +100,7 @@ def panoptic_task(
         kind="panoptic",
         content=PanopticContent(classes=classes, augment=recipe.data.augment),
         to_device=detection_to_device,
-        objective=PanopticObjective(recipe.costs, recipe.panoptic.losses, world),
+        objective=PanopticObjective(recipe.costs, recipe.panoptic.losses, recipe.model.num_queries),
         evaluate=_evaluation(recipe, classes, sets.validation, world),
     )
 

@@ -11,7 +11,8 @@ from data.detection_set import DetectionSet
 from data.loader import BatchContent, P
 from models.artefact import ArtefactKind
 from models.interop.placing import LoadReport
-from models.structures import DetectionBatch, Losses
+from models.structures import DetectionBatch
+from training.job import Objective
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Task(Generic[P]):
     """What the stream makes of the samples."""
     to_device: Callable[[P, torch.device], DetectionBatch]
     """A packed batch on its device, normalised there."""
-    objective: Callable[[nn.Module, DetectionBatch, torch.Generator], Losses]
-    """The losses of a batch, with divisors over all workers; not finite where nothing matches."""
+    objective: Objective[DetectionBatch]
+    """The losses of a part of a batch; not finite where nothing matches."""
     evaluate: Callable[[nn.Module], Scoring] | None
     """Predicts on this worker's share (on every worker) and returns the scoring that is left to
     do, on the first worker alone. None where there is nothing to evaluate on.

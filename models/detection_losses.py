@@ -7,7 +7,7 @@ before the encoder (its objectness score, `*_backbone`), each with its own match
 scoring network says of the tokens (`models.selection_losses`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
@@ -19,10 +19,8 @@ from models.detector_settings import DetectorSettings
 from models.losses import (
     LossWeights,
     Reconstruction,
-    Shares,
     Supervised,
     decoder_layers,
-    no_divisors,
     supervised_losses,
 )
 from models.matching import Candidates, ClassScores, MatchingCosts
@@ -32,6 +30,7 @@ from models.selection_losses import (
     most_read,
     scoring_losses,
 )
+from models.shares import Share, counts_of
 from models.structures import (
     DetectorOutput,
     Losses,
@@ -77,30 +76,40 @@ def detection_losses(
     supervision: Supervision,
     *,
     reconstruction: Reconstruction | None = None,
-    reduce_sum: Callable[[Tensor], Tensor] | None = None,
-    world_size: int = 1,
+    share: Share | None = None,
     blank: bool = False,
 ) -> Losses:
     """The loss of what a detector with one query group says, and every term by name.
 
-    Divisors over the ranks, `blank` and the terms for the log as in `set_losses`; where decoder
-    attention is recorded, also how much of it meets selected tokens (Corr). Everything is matched
-    before the one reduction, so that UnmatchableError, as in `match_all`, leaves no rank waiting:
-    `unmatched_losses` takes part in it then.
+    `share`, `blank` and the terms for the log as in `set_losses`; where decoder attention is
+    recorded, also how much of it meets selected tokens (Corr), by the pictures of each part. What
+    tokens say with softmax scores, as no paper has it, is divided as if every picture of the whole
+    batch had as many tokens as those of this part on average. UnmatchableError as in `match_all`;
+    see `unmatched_losses`.
     """
     supervised = _supervised(output, targets, supervision, reconstruction)
-    class_scores, shares = supervision.class_scores, Shares(reduce_sum, world_size, blank)
+    share = share or Share(counts_of(targets, supervised[0].num_queries, blank=blank))
     selection, attention_map = output.memory.selection, None
     if selection is not None:
         attention_map = decoder_attention_map(output, legacy_dam=supervision.legacy_dam)
-    if selection is None or attention_map is None:
-        return supervised_losses(supervised, targets, weights, costs, class_scores, shares)
-    scoring = _scoring(output.memory, selection, attention_map, supervision)
-    losses = supervised_losses(supervised, targets, weights, costs, class_scores, shares, scoring)
-    met = correlation(
-        attention_map, output.memory, selection, legacy_padding=supervision.legacy_padding
+    scoring, met = None, {}
+    if selection is not None and attention_map is not None:
+        scoring = _scoring(output.memory, selection, attention_map, supervision)
+        met = correlation(
+            attention_map, output.memory, selection, legacy_padding=supervision.legacy_padding
+        )
+    losses = supervised_losses(
+        supervised,
+        targets,
+        weights,
+        costs,
+        supervision.class_scores,
+        share,
+        blank=blank,
+        scoring=scoring,
     )
-    return Losses(losses.total, {**losses.terms, **met})
+    here = share.of_pictures(losses.total.new_full((), 0 if blank else len(targets.labels)))
+    return Losses(losses.total, {**losses.terms, **{name: here * v for name, v in met.items()}})
 
 
 def unmatched_losses(
@@ -109,17 +118,14 @@ def unmatched_losses(
     supervision: Supervision,
     *,
     others: Sequence[Tensor] = (),
-    reduce_sum: Callable[[Tensor], Tensor] | None = None,
 ) -> Losses:
     """What stands in for `detection_losses` where nothing can be matched (UnmatchableError).
 
-    A total of NaN that reaches every parameter behind the output and `others`, and this rank's part
-    in the ranks' sum: the loop then leaves the step out on all ranks alike, where an exception
-    would end one of them and leave the others waiting.
+    A total of NaN that reaches every parameter behind the output and `others`: the loop then leaves
+    the step out on all workers alike, where an exception would end one of them and leave the others
+    waiting.
     """
     supervised = _supervised(output, targets, supervision, None)
-    if reduce_sum is not None:
-        reduce_sum(no_divisors(supervised, supervision.class_scores))
     said = [
         tensor
         for each in supervised

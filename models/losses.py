@@ -6,7 +6,7 @@ With sigmoid scores the class term is the focal loss over the number of targets 
 Everything is float32 whatever the autocast. What tokens say: `models.detection_losses`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, assert_never
 
@@ -34,6 +34,7 @@ from models.set_sums import (
     layer_sums,
 )
 from models.settings import Settings
+from models.shares import Share, counts_of
 from models.structures import GroupOutput, Losses, Targets
 
 
@@ -86,16 +87,10 @@ class Supervised:
     candidates: Candidates
     reconstruction: Reconstruction | None = None
 
-
-@dataclass(frozen=True)
-class Shares:
-    """How the sums of one of several ranks become means over the pictures of all of them."""
-
-    reduce_sum: Callable[[Tensor], Tensor] | None = None
-    """The sum of a tensor over all ranks."""
-    world_size: int = 1
-    blank: bool = False
-    """True where this rank's pictures do not count."""
+    @property
+    def num_queries(self) -> int:
+        """Queries, or tokens, of each picture."""
+        return self.candidates.logits.shape[2]
 
 
 def set_losses(
@@ -106,22 +101,21 @@ def set_losses(
     *,
     class_scores: ClassScores = "softmax",
     reconstruction: Reconstruction | None = None,
-    reduce_sum: Callable[[Tensor], Tensor] | None = None,
-    world_size: int = 1,
+    share: Share | None = None,
     blank: bool = False,
 ) -> Losses:
     """The loss of one query group, and every term by name.
 
     Sums over matched pairs and the focal loss are divided by the number of targets (at least 1),
-    the cross-entropy by the sum of its weights. Over several ranks the divisors are those of all
-    ranks (`reduce_sum`) over `world_size`, so that averaged gradients are those of one process with
-    the whole batch. A `blank` batch adds nothing to any sum, though its graph is complete.
-    `class_error` (percent), `cardinality_error` and `unmatched_targets` (those beyond the number of
-    queries) are logged only, for this rank. UnmatchableError as in `match`.
+    the cross-entropy by the sum of its weights. Where the pictures are a part of a batch, `share`
+    says of what: all terms are then this part's shares of those of the whole batch. A `blank` part
+    adds nothing to any of them, though its graph is complete. `class_error` (percent),
+    `cardinality_error` and `unmatched_targets` (those beyond the number of queries) are logged
+    only. UnmatchableError as in `match`.
     """
     decoder = decoder_layers(group, targets, reconstruction)
-    shares = Shares(reduce_sum, world_size, blank)
-    return supervised_losses((decoder,), targets, weights, costs, class_scores, shares)
+    share = share or Share(counts_of(targets, decoder.num_queries, blank=blank))
+    return supervised_losses((decoder,), targets, weights, costs, class_scores, share, blank=blank)
 
 
 def decoder_layers(
@@ -145,91 +139,57 @@ def supervised_losses(
     weights: LossWeights,
     costs: MatchingCosts,
     class_scores: ClassScores,
-    shares: Shares,
+    share: Share,
+    *,
+    blank: bool = False,
     scoring: Float[Tensor, " batch"] | None = None,
 ) -> Losses:
     """The weighted sum of all terms; the first of `supervised` is the decoder's.
 
-    `scoring` is the loss of each picture's token scores (`models.selection_losses`). Everything is
-    matched before the one reduction over the ranks.
+    `scoring` is the loss of each picture's token scores (`models.selection_losses`).
     """
-    with torch.autocast(supervised[0].candidates.logits.device.type, enabled=False):
+    decoder = supervised[0].candidates
+    counted = 0.0 if blank else 1.0
+    with torch.autocast(decoder.logits.device.type, enabled=False):
         matchings = match_all([each.candidates for each in supervised], costs, class_scores)
         class_loss = weights.class_loss(class_scores)
-        sums = [
-            layer_sums(each.candidates, matching, class_loss)
-            for each, matching in zip(supervised, matchings, strict=True)
-        ]
-        divisors = _divisors(sums, targets, shares)
         weight_of = _weights_by_name(weights)
         weighted: list[Tensor] = []
-        named = last_layer_errors(supervised[0].candidates, matchings[0])
-        for number, each in enumerate(supervised):
-            terms = _terms(sums[number], divisors.of_classes[number], divisors)
+        errors = last_layer_errors(decoder, matchings[0], share)
+        named = {name: counted * error for name, error in errors.items()}
+        for number, (each, matching) in enumerate(zip(supervised, matchings, strict=True)):
+            matched = share.matched if number == 0 else _matched_tokens(targets, matching, share)
+            sums = layer_sums(each.candidates, matching, matched, class_loss, share)
+            terms = _terms(sums, share, counted)
             if each.reconstruction is not None:
-                feature = _feature_loss(each.reconstruction, matchings[number])
-                terms["loss_feature"] = divisors.counted * feature / divisors.targets
+                feature = _feature_loss(each.reconstruction, matching)
+                terms["loss_feature"] = share.of_targets(counted * feature)
             weighted += [weight_of[name] * term.sum() for name, term in terms.items()]
-            terms["cardinality_error"] = cardinality_error(each.candidates)
+            terms["cardinality_error"] = counted * cardinality_error(each.candidates, share)
             named |= _named_by_layer(terms, each.suffixes)
         if scoring is not None:
-            term = divisors.counted * scoring.float().sum() / divisors.pictures
+            term = share.of_pictures(counted * scoring.float().sum())
             weighted.append(weights.selection * term)
             named["loss_mask_prediction"] = term.detach()
     return Losses(torch.stack(weighted).sum(), named)
 
 
-def no_divisors(
-    supervised: Sequence[Supervised], class_scores: ClassScores
-) -> Float[Tensor, " divisors"]:
-    """What a rank adds to that reduction where nothing can be matched."""
-    match class_scores:
-        case "softmax":
-            num_weights = sum(len(each.suffixes) for each in supervised)
-        case "sigmoid":
-            num_weights = 0
-        case _:
-            assert_never(class_scores)
-    return torch.zeros(num_weights + 2, device=supervised[0].candidates.logits.device)
+def _matched_tokens(targets: Targets, matching: Matching, share: Share) -> Float[Tensor, ""]:
+    """Targets of the whole batch that get a token: all but those that are left over here."""
+    left_over = sum(len(labels) for labels in targets.labels) - matching.pairs_per_layer
+    return share.targets - left_over
 
 
-@dataclass(frozen=True)
-class _Divisors:
-    """What sums of this rank are divided by, so that averaged gradients are the whole batch's."""
-
-    of_classes: tuple[Float[Tensor, " _"], ...]
-    """For each of the `LayerSums`: by layer, or the number of targets for all layers."""
-    targets: Float[Tensor, ""]
-    pictures: Float[Tensor, ""]
-    counted: float
-    """0 where this rank's pictures do not count, else 1."""
-
-
-def _divisors(sums: Sequence[LayerSums], targets: Targets, shares: Shares) -> _Divisors:
-    counted = 0.0 if shares.blank else 1.0
-    first = sums[0].classes
-    counts = (sum(len(labels) for labels in targets.labels), len(targets.labels))
-    weights = [first[:0] if part.class_weight is None else part.class_weight for part in sums]
-    divisors = torch.cat((*weights, *(first.new_full((1,), count) for count in counts))) * counted
-    if shares.reduce_sum is not None:
-        divisors = shares.reduce_sum(divisors)
-    by_weight = (divisors[:-2] / shares.world_size).clamp(min=torch.finfo(torch.float32).tiny)
-    by_targets, by_pictures = (divisors[-2:].clamp(min=1) / shares.world_size).unbind()
-    split = torch.split(by_weight, [len(weight) for weight in weights])
-    of_classes = tuple(
-        by_targets.expand(len(part.classes)) if part.class_weight is None else by_classes
-        for part, by_classes in zip(sums, split, strict=True)
-    )
-    return _Divisors(of_classes, by_targets, by_pictures, counted)
-
-
-def _terms(
-    sums: LayerSums, by_classes: Float[Tensor, " layers"], divisors: _Divisors
-) -> dict[str, Float[Tensor, " layers"]]:
+def _terms(sums: LayerSums, share: Share, counted: float) -> dict[str, Float[Tensor, " layers"]]:
+    if sums.class_weight is None:
+        classes = share.of_targets(counted * sums.classes)
+    else:
+        by_weight = (sums.class_weight / share.workers).clamp(min=torch.finfo(torch.float32).tiny)
+        classes = counted * sums.classes / by_weight
     return {
-        "loss_ce": divisors.counted * sums.classes / by_classes,
-        "loss_bbox": divisors.counted * sums.distance / divisors.targets,
-        "loss_giou": divisors.counted * sums.giou / divisors.targets,
+        "loss_ce": classes,
+        "loss_bbox": share.of_targets(counted * sums.distance),
+        "loss_giou": share.of_targets(counted * sums.giou),
     }
 
 

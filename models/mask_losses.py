@@ -6,8 +6,6 @@ masks are enlarged bilinearly to the pixels of the padded batch and padding coun
 as in the public code. Float32 whatever the autocast.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int16
@@ -18,6 +16,7 @@ from models.focal import ALPHA, focal_losses
 from models.mask_head import MatchedMasks
 from models.matching import Matching
 from models.settings import Settings
+from models.shares import Share
 from models.structures import Losses
 
 _GAMMA = 2.0
@@ -38,34 +37,31 @@ def mask_losses(
     num_targets: int,
     weights: MaskLossWeights,
     *,
-    reduce_sum: Callable[[Tensor], Tensor] | None = None,
-    world_size: int = 1,
+    share: Share | None = None,
     blank: bool = False,
 ) -> Losses:
     """The loss of the matched masks against the true ones (`true_masks`), in their size.
 
-    Terms are `loss_mask` and `loss_dice`, and for the log alone `unmatched_targets` of this rank.
-    Sums are divided by the number of targets on all ranks (`reduce_sum`), at least 1, over
-    `world_size`, as in `models.losses.set_losses`; where nothing matches, and in a `blank` batch,
-    nothing is added to any sum, though the graph is complete.
+    Terms are `loss_mask` and `loss_dice`, and for the log alone `unmatched_targets`. Sums are
+    divided by the number of targets, at least 1, those of the whole batch where the pictures are a
+    part of one (`share`); where nothing matches, and in a `blank` part, nothing is added to any
+    sum, though the graph is complete.
     """
     num_pairs = found.matching.pairs_per_layer
     counted = 1.0 if num_pairs and not blank else 0.0
     count = 0 if blank else num_targets
     with torch.autocast(found.logits.device.type, enabled=False):
-        divisor = found.logits.new_full((), count, dtype=torch.float32)
-        if reduce_sum is not None:
-            divisor = reduce_sum(divisor)
-        by_targets = divisor.clamp(min=1) / world_size
+        share = share or Share(found.logits.new_tensor((count, num_pairs, 0), dtype=torch.float32))
         logits = F.interpolate(
             found.logits.float()[:, None], size=wanted.shape[-2:], mode="bilinear"
         )[:, 0]
-        focal = counted * focal_loss(logits, wanted).sum() / by_targets
-        dice = counted * dice_loss(logits, wanted).sum() / by_targets
+        focal = counted * share.of_targets(focal_loss(logits, wanted).sum())
+        dice = counted * share.of_targets(dice_loss(logits, wanted).sum())
+    unmatched = share.workers * (count - num_pairs) if count else 0
     terms = {
         "loss_mask": focal.detach(),
         "loss_dice": dice.detach(),
-        "unmatched_targets": divisor.new_full((), count - num_pairs if count else 0),
+        "unmatched_targets": focal.new_full((), unmatched),
     }
     return Losses(weights.focal * focal + weights.dice * dice, terms)
 

@@ -20,8 +20,9 @@ This is reasoned, not measured: after 400 steps on drawn feature maps, a patch i
 vector and one in the content had learned equally little of whose patch is whose.
 """
 
-from dataclasses import dataclass
-from typing import Literal, assert_never
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self, assert_never
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -63,6 +64,10 @@ class PatchDraws:
     """False where a query does not get the feature of its patch."""
     order: Int64[Tensor, " queries"]
     """The query vector that each place uses."""
+
+    def of_pictures(self, places: Sequence[int]) -> Self:
+        """The choices for some of the pictures, by their places in the batch."""
+        return replace(self, keep=self.keep[list(places)])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sums of the set criterion over queries and over matched pairs, by layer; nothing is divided.
+"""Sums of the set criterion over queries and over matched pairs, by layer, and class weights.
 
 Classes: cross-entropy with "no object" (DETR, section 3.1) or the focal loss (Deformable DETR);
 boxes: L1 distance and 1 - generalized IoU. Everything is given, and computed, in float32.
@@ -15,6 +15,7 @@ from torch import Tensor
 from models.boxes import cxcywh_to_xyxy, generalized_iou_pairs
 from models.focal import focal_losses
 from models.matching import Candidates, Matching, PaddedTargets, pad_targets
+from models.shares import Share
 
 
 @dataclass(frozen=True)
@@ -38,29 +39,34 @@ ClassLoss = CrossEntropy | Focal
 
 @dataclass(frozen=True)
 class LayerSums:
-    """The sums over one rank's pictures."""
+    """The sums over the pictures of one part of a batch; nothing is divided."""
 
     classes: Float[Tensor, " layers"]
-    class_weight: Float[Tensor, " layers"] | None
-    """What `classes` is divided by; None where that is the number of targets."""
+    class_weight: Float[Tensor, ""] | None
+    """What `classes` is divided by, of the whole batch; None where that is the number of targets.
+    """
     distance: Float[Tensor, " layers"]
     giou: Float[Tensor, " layers"]
 
 
-def layer_sums(candidates: Candidates, matching: Matching, class_loss: ClassLoss) -> LayerSums:
-    """The sums of all layers."""
+def layer_sums(
+    candidates: Candidates,
+    matching: Matching,
+    matched: Float[Tensor, ""],
+    class_loss: ClassLoss,
+    share: Share,
+) -> LayerSums:
+    """The sums of all layers; `matched` are the pairs per layer of the whole batch."""
     padded = pad_targets(candidates.targets)
     distance, giou = _box_losses(candidates.boxes_cxcywh, padded, matching)
     counted = candidates.counted
     match class_loss:
         case CrossEntropy(no_object):
-            if no_object == "paper":
-                batch, queries = candidates.logits.shape[1:3]
-                no_object = sum(map(len, candidates.targets.labels)) / (batch * queries)
-            entropy, weight = _cross_entropy(
-                candidates.logits, padded, matching, no_object, counted
-            )
-            return LayerSums(entropy, weight, distance, giou)
+            queries = share.pictures.clamp(min=1) * candidates.logits.shape[2]
+            weight = share.targets / queries if no_object == "paper" else no_object
+            entropy = _cross_entropy(candidates.logits, padded, matching, weight, counted)
+            heard = _queries_per_picture(candidates) * share.pictures
+            return LayerSums(entropy, matched + weight * (heard - matched), distance, giou)
         case Focal(alpha, gamma):
             focal = _focal_loss(candidates.logits, padded, matching, alpha, gamma, counted)
             return LayerSums(focal, None, distance, giou)
@@ -69,8 +75,10 @@ def layer_sums(candidates: Candidates, matching: Matching, class_loss: ClassLoss
 
 
 @torch.no_grad()
-def last_layer_errors(candidates: Candidates, matching: Matching) -> dict[str, Tensor]:
-    """Terms for the log alone, of the last layer.
+def last_layer_errors(
+    candidates: Candidates, matching: Matching, share: Share
+) -> dict[str, Tensor]:
+    """Terms for the log alone, of the last layer, as shares of those of the whole batch.
 
     The percentage of the matched queries that miss their class (100 where nothing is matched, as in
     the public code), and the targets without a query.
@@ -80,14 +88,18 @@ def last_layer_errors(candidates: Candidates, matching: Matching) -> dict[str, T
     picture, query, target = (
         axis[first:] for axis in (matching.picture, matching.query, matching.target)
     )
-    right = logits[-1, picture, query].argmax(-1) == targets.labels[picture, target]
-    error = 100 - 100 * right.float().mean() if len(right) else logits.new_full((), 100.0)
+    wrong = logits[-1, picture, query].argmax(-1) != targets.labels[picture, target]
+    of_matched = wrong.sum() * share.workers / share.matched.clamp(min=1)
+    of_pictures = share.of_pictures(logits.new_full((), logits.shape[1]))
     unmatched = (targets.present.sum(1) - logits.shape[2]).clamp(min=0).sum().float()
-    return {"class_error": error, "unmatched_targets": unmatched}
+    return {
+        "class_error": 100 * torch.where(share.matched > 0, of_matched, of_pictures),
+        "unmatched_targets": share.workers * unmatched,
+    }
 
 
 @torch.no_grad()
-def cardinality_error(candidates: Candidates) -> Float[Tensor, " layers"]:
+def cardinality_error(candidates: Candidates, share: Share) -> Float[Tensor, " layers"]:
     """Mean difference of the numbers of found and of true objects, for the log alone.
 
     Found is where the last logit is not the largest. That means something with softmax scores only;
@@ -99,17 +111,17 @@ def cardinality_error(candidates: Candidates) -> Float[Tensor, " layers"]:
     if candidates.counted is not None:
         found = found & candidates.counted
     num_found = found.sum(-1)
-    return (num_found - num_true).abs().float().mean(1)
+    return share.of_pictures((num_found - num_true).abs().float().sum(1))
 
 
 def _cross_entropy(
     logits: Float[Tensor, "layers batch queries classes"],
     targets: PaddedTargets,
     matching: Matching,
-    no_object: float,
+    no_object: float | Float[Tensor, ""],
     counted: Bool[Tensor, "batch queries"] | None,
-) -> tuple[Float[Tensor, " layers"], Float[Tensor, " layers"]]:
-    """Weighted sum of the cross-entropies of all queries and the sum of their weights, by layer."""
+) -> Float[Tensor, " layers"]:
+    """Weighted sum of the cross-entropies of all queries, by layer."""
     last = logits.shape[-1] - 1
     wanted = torch.full(logits.shape[:-1], last, dtype=torch.int64, device=logits.device)
     places = (matching.layer, matching.picture, matching.query)
@@ -118,7 +130,14 @@ def _cross_entropy(
     weight = torch.where(wanted == last, no_object, 1.0)
     if counted is not None:
         weight = weight * counted
-    return (entropy.view_as(weight) * weight).sum((1, 2)), weight.sum((1, 2))
+    return (entropy.view_as(weight) * weight).sum((1, 2))
+
+
+def _queries_per_picture(candidates: Candidates) -> int | Float[Tensor, ""]:
+    """As many in every picture; where pictures differ (selected tokens), the mean of this part."""
+    if candidates.counted is None:
+        return candidates.logits.shape[2]
+    return candidates.counted.sum(1).float().mean()
 
 
 def _focal_loss(

@@ -5,8 +5,8 @@ Boxes are `boxes_cxcywh` (normalised to the unpadded picture, never to the padde
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int16, Int64
@@ -25,6 +25,10 @@ class Images:
     sizes: Int64[Tensor, "batch 2"]
     """(height, width) of each picture before padding, in pixels."""
 
+    def part(self, rows: slice) -> "Images":
+        """Some of the pictures, padded as they are."""
+        return Images(self.pixels[rows], self.padding[rows], self.sizes[rows])
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -33,6 +37,10 @@ class Targets:
     boxes_cxcywh: tuple[Float[Tensor, "_ 4"], ...]
     """Normalised to the size of the unpadded picture."""
     labels: tuple[Int64[Tensor, " _"], ...]
+
+    def part(self, rows: slice) -> "Targets":
+        """What some of the pictures hold."""
+        return Targets(self.boxes_cxcywh[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,23 @@ class PatchBatch:
     """Keys of the pictures of this batch that could not be decoded: counted, never replaced."""
     blank: bool = False
     """True where all pictures of this rank were broken: an empty one stands in, with weight 0."""
+    places: tuple[int, ...] | None = None
+    """Place of each picture in the batch of all workers, by which what is drawn for it is found;
+    None where this is that whole batch.
+    """
+
+    def part(self, rows: slice) -> Self:
+        """Some of the pictures, padded as they are."""
+        return replace(
+            self,
+            images=self.images.part(rows),
+            patches=self.patches[rows],
+            targets=self.targets.part(rows),
+            keys=self.keys[rows],
+            sample_ids=self.sample_ids[rows],
+            skipped=(),
+            places=None if self.places is None else self.places[rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +123,19 @@ class DetectionBatch:
     """Keys of the pictures of this batch that could not be used: counted, never replaced."""
     blank: bool = False
     """True where all pictures of this rank were broken: an empty one stands in, with weight 0."""
+
+    def part(self, rows: slice) -> Self:
+        """Some of the pictures, padded as they are."""
+        return replace(
+            self,
+            images=self.images.part(rows),
+            targets=self.targets.part(rows),
+            keys=self.keys[rows],
+            sample_ids=self.sample_ids[rows],
+            query_patches=None if self.query_patches is None else self.query_patches[rows],
+            segments=None if self.segments is None else self.segments[rows],
+            skipped=(),
+        )
 
 
 @dataclass(frozen=True)

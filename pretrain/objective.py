@@ -1,19 +1,19 @@
 """The pretraining objective: find the query patches, reconstruct their features (UP-DETR, 3.3)."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.detection_losses import detection_losses, supervision_of, unmatched_losses
 from models.losses import Reconstruction
 from models.matching import UnmatchableError
-from models.patch_queries import PatchOutput, draw_patch_queries
+from models.patch_queries import PatchDraws, PatchOutput, draw_patch_queries
+from models.shares import Share, counts_of
 from models.structures import Losses, PatchBatch
 from pretrain.recipe import PretrainRecipe
-from training.world import World, all_reduce_sum
 
 logger = logging.getLogger(__name__)
 
@@ -23,41 +23,44 @@ class PatchObjective:
     """The losses of a batch; a value, so that the loop can call it with any model."""
 
     recipe: PretrainRecipe
-    world: World
 
-    def __call__(self, model: nn.Module, batch: PatchBatch, generator: torch.Generator) -> Losses:
-        """The losses of one step; predictions that are not finite give a total of NaN."""
-        recipe = self.recipe
-        draws = draw_patch_queries(
-            recipe.queries, recipe.model.num_queries, len(batch.images.sizes), generator
-        )
-        output: PatchOutput = model(batch.images, batch.patches, draws)
-        return self.losses(output, batch)
+    def counts(self, batch: PatchBatch) -> Float[Tensor, "3"]:
+        """What the losses of a batch are divided by; those of its parts add up."""
+        return counts_of(batch.targets, self.recipe.model.num_queries, blank=batch.blank)
 
-    def losses(self, output: PatchOutput, batch: PatchBatch) -> Losses:
-        """The losses of what the model said, with divisors over all workers."""
+    def __call__(
+        self, model: nn.Module, batch: PatchBatch, share: Share, generator: torch.Generator
+    ) -> Losses:
+        """The losses of one part; predictions that are not finite give a total of NaN."""
+        output: PatchOutput = model(batch.images, batch.patches, self.draws(batch, generator))
+        return self.losses(output, batch, share)
+
+    def draws(self, batch: PatchBatch, generator: torch.Generator) -> PatchDraws:
+        """The choices for the pictures of a part, out of those for the whole batch.
+
+        Whoever computes a picture so finds the same ones for it.
+        """
+        recipe, places = self.recipe, batch.places
+        whole = recipe.global_batch if places is not None else len(batch.images.sizes)
+        num_queries = recipe.model.num_queries
+        draws = draw_patch_queries(recipe.queries, num_queries, whole, generator)
+        return draws if places is None else draws.of_pictures(places)
+
+    def losses(self, output: PatchOutput, batch: PatchBatch, share: Share) -> Losses:
+        """The losses of what the model said, as shares of those of the whole batch."""
         try:
-            return patch_losses(self.recipe, output, batch, self.world.size, all_reduce_sum)
+            return patch_losses(self.recipe, output, batch, share)
         except UnmatchableError as error:
             logger.warning("the step is left out: %s", error)
             others = () if output.reconstructions is None else (output.reconstructions,)
-            return unmatched_losses(
-                output.detection,
-                batch.targets,
-                supervision_of(self.recipe.model),
-                others=others,
-                reduce_sum=all_reduce_sum,
-            )
+            supervision = supervision_of(self.recipe.model)
+            return unmatched_losses(output.detection, batch.targets, supervision, others=others)
 
 
 def patch_losses(
-    recipe: PretrainRecipe,
-    output: PatchOutput,
-    batch: PatchBatch,
-    world_size: int = 1,
-    reduce_sum: Callable[[Tensor], Tensor] | None = None,
+    recipe: PretrainRecipe, output: PatchOutput, batch: PatchBatch, share: Share | None = None
 ) -> Losses:
-    """The losses of a batch; see `detection_losses`, whose errors pass through."""
+    """The losses of a batch, or of a part of one; see `detection_losses`, whose errors pass."""
     reconstruction = None
     if output.reconstructions is not None:
         reconstruction = Reconstruction(output.reconstructions, output.patch_features)
@@ -68,7 +71,6 @@ def patch_losses(
         recipe.costs,
         supervision_of(recipe.model),
         reconstruction=reconstruction,
-        reduce_sum=reduce_sum,
-        world_size=world_size,
+        share=share,
         blank=batch.blank,
     )

@@ -51,7 +51,7 @@ def pretrain(recipe: PretrainRecipe, host: Host) -> Position:
         recipe=recipe,
         model=model,
         backbone=model.detector.backbone,
-        objective=PatchObjective(recipe, world),
+        objective=PatchObjective(recipe),
         batches_per_epoch=stream.batches_per_epoch,
         batches_from=batches_from,
         counters=lambda: _counters(stream),

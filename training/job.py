@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models.settings import Settings
+from models.shares import Share
 from models.structures import Losses
 from training.metrics import Journal, StepRecord
 from training.progress import Display
@@ -100,8 +102,32 @@ class Batch(Protocol):
         """The pictures of this worker's part that could not be decoded."""
         ...
 
+    def part(self, rows: slice) -> Self:
+        """Some of the pictures, padded as they are."""
+        ...
+
 
 B = TypeVar("B", bound=Batch)
+_B = TypeVar("_B", bound=Batch, contravariant=True)
+
+
+@runtime_checkable
+class Objective(Protocol[_B]):
+    """What is learned from a batch, which several workers compute in one pass or more."""
+
+    def counts(self, batch: _B) -> Float[Tensor, "3"]:
+        """What losses are divided by, on the batch's device; counts of parts add up."""
+        ...
+
+    def __call__(
+        self, model: nn.Module, batch: _B, share: Share, generator: torch.Generator
+    ) -> Losses:
+        """A part's shares of the losses of the whole batch.
+
+        The generator is the same for every part of the batch: what is drawn for a picture must
+        hang on its place in the whole batch alone.
+        """
+        ...
 
 
 @runtime_checkable
@@ -124,8 +150,7 @@ class Job(Generic[B]):
     state: TrainingState
     model: nn.Module
     """What the objective calls: `state.model`, or DDP around it."""
-    objective: Callable[[nn.Module, B, torch.Generator], Losses]
-    """Losses of a batch, with denominators over all workers; the generator is of (step, rank)."""
+    objective: Objective[B]
     batches: Iterator[B]
     """Endless; begins at `Plan.first_batch` of the position."""
     plan: Plan
@@ -134,6 +159,8 @@ class Job(Generic[B]):
     clip_norm: float | None
     seed: int
     world: World
+    max_pictures_per_pass: int | None = None
+    """More pictures than these are computed in several passes; None computes all at once."""
 
 
 Scoring = Callable[[], Mapping[str, float | int]]

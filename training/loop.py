@@ -1,21 +1,27 @@
 """The loop: batch, losses, gradients, update; the same for pretraining and finetuning.
 
 One device read per step: whether the update is finite, whether to stop and whether to checkpoint
-are agreed between the workers in one small sum, read before the update is made. Dropout is seeded
-at every step from (seed, step, rank): a resumed run draws what the uninterrupted one would have
-drawn, with no random state stored, whatever an evaluation in between has drawn.
+are agreed between the workers in one small sum, read before the update is made.
+
+A worker computes its part of a batch in one pass or more. What losses are divided by is counted
+over all workers before, so that the gradients of all parts add up to those of the whole batch, and
+what the objective draws hangs on the batch alone. Dropout is seeded at every step from (seed, step,
+rank): a resumed run draws what the uninterrupted one would have drawn, with no random state stored,
+whatever an evaluation in between has drawn; another number of workers draws other numbers.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from models.shares import Share
 from models.structures import Losses
-from training.job import B, Job, Plan, Surroundings
+from training.job import B, Batch, Job, Plan, Surroundings
 from training.metrics import BadStep
 from training.optimiser import (
     clip_gradients,
@@ -53,10 +59,10 @@ def train(job: Job[B], surroundings: Surroundings, start: Position) -> Position:
         rates = set_learning_rates(optimiser, job.schedule, position.step)
         batches = reporter.wait_for_batches()
         if position.step == start.step and is_averaged(job.model):
-            _settle_buckets(job, batches)
+            _settle_buckets(job, batches, position.step)
         # After the batches: loader processes that start draw from the global state too.
-        generator = seed_step(job.seed, position.step, job.world.rank)
-        losses = _differentiate(job, batches, generator)
+        seed_dropout(job.seed, position.step, job.world.rank)
+        losses = _differentiate(job, batches, position.step)
         norm = gradient_norm(parameters)
         asked = surroundings.stop() or reporter.asks_to_end
         wishes = (asked, reporter.wants_checkpoint(position))
@@ -79,40 +85,57 @@ def train(job: Job[B], surroundings: Surroundings, start: Position) -> Position:
     return position
 
 
-def _settle_buckets(job: Job[B], batches: Sequence[B]) -> None:
+def _settle_buckets(job: Job[B], batches: Sequence[B], step: int) -> None:
     """One pass for nothing: DDP arranges its buckets by the order of its first gradients.
 
     Buckets decide in which order the gradients of three or more workers are added. Without this a
     resumed run's first update would differ from the uninterrupted run's in its last bits (seen).
     """
-    _differentiate(job, batches, torch.Generator().manual_seed(0))
+    _differentiate(job, batches, step)
     job.state.optimiser.zero_grad(set_to_none=True)
 
 
-def seed_step(seed: int, step: int, rank: int) -> torch.Generator:
-    """Seeds what a step draws: dropout, which knows only the global state, and the generator.
-
-    Both depend on (seed, step, rank) alone.
-    """
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seeds the global state, the only one that dropout knows, by (seed, step, rank) alone."""
     torch.manual_seed(_derived(seed, step, rank, "dropout"))
-    return torch.Generator().manual_seed(_derived(seed, step, rank, "objective"))
 
 
-def _derived(seed: int, step: int, rank: int, purpose: str) -> int:
-    digest = hashlib.sha256(f"{seed}/{step}/{rank}/{purpose}".encode()).digest()
+def batch_generator(seed: int, batch: int) -> torch.Generator:
+    """What is drawn for a whole batch depends on the seed and its number over all epochs alone."""
+    return torch.Generator().manual_seed(_derived(seed, batch, "objective"))
+
+
+def _derived(*words: int | str) -> int:
+    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _differentiate(job: Job[B], batches: Sequence[B], generator: torch.Generator) -> Losses:
+def _differentiate(job: Job[B], batches: Sequence[B], step: int) -> Losses:
     """Leaves the mean gradient of the batches in the parameters; returns their mean losses."""
+    counts = all_reduce_sum(torch.stack([job.objective.counts(batch) for batch in batches]))
+    parts = [_parts(batch, job.max_pictures_per_pass) for batch in batches]
+    left = sum(len(of_batch) for of_batch in parts)
     found: list[Losses] = []
-    for number, batch in enumerate(batches, start=1):
-        with averaging(job.model, is_last=number == len(batches)):
-            with _precision(job):
-                losses = job.objective(job.model, batch, generator)
-            torch.autograd.backward(losses.total / len(batches))
-        found.append(_detached(losses))
-    return found[0] if len(found) == 1 else _mean(found)
+    for number, (batch, of_batch) in enumerate(zip(batches, parts, strict=True)):
+        share = Share(counts[number], job.world.size)
+        for rows in of_batch:
+            left -= 1
+            part = batch if len(of_batch) == 1 else batch.part(rows)
+            generator = batch_generator(job.seed, step * len(batches) + number)
+            with averaging(job.model, is_last=left == 0):
+                with _precision(job):
+                    losses = job.objective(job.model, part, share, generator)
+                torch.autograd.backward(losses.total / len(batches))
+            found.append(_detached(losses))
+    return found[0] if len(found) == 1 else _added(found, len(batches))
+
+
+def _parts(batch: Batch, most: int | None) -> list[slice]:
+    """Rows of each pass over a batch, as evenly as can be, `most` of them in one."""
+    count = len(batch.keys)
+    passes = max(1, -(-count // most)) if most else 1
+    bounds = [count * number // passes for number in range(passes + 1)]
+    return [slice(first, end) for first, end in pairwise(bounds)]
 
 
 def _precision(job: Job[B]) -> torch.autocast:
@@ -125,12 +148,13 @@ def _detached(losses: Losses) -> Losses:
     return Losses(losses.total.detach(), terms)
 
 
-def _mean(found: Sequence[Losses]) -> Losses:
+def _added(found: Sequence[Losses], num_batches: int) -> Losses:
+    """The sum over the parts of each batch, the mean over the batches."""
     terms = {
-        name: torch.stack([losses.terms[name] for losses in found]).mean()
+        name: torch.stack([losses.terms[name] for losses in found]).sum() / num_batches
         for name in found[0].terms
     }
-    return Losses(torch.stack([losses.total for losses in found]).mean(), terms)
+    return Losses(torch.stack([losses.total for losses in found]).sum() / num_batches, terms)
 
 
 def _agree(

@@ -9,11 +9,9 @@ from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Generic
 
-import torch
 from torch import nn
 
 from models.sampling_parts import sampling_parts
-from models.structures import Losses
 from training.checkpoint import resume
 from training.ema import Ema
 from training.job import (
@@ -21,6 +19,7 @@ from training.job import (
     Checkpoints,
     Evaluated,
     Job,
+    Objective,
     Plan,
     Scoring,
     Surroundings,
@@ -71,7 +70,7 @@ class Stage(Generic[B]):
     """With its first weights, on the CPU; equal on every worker."""
     backbone: nn.Module | None
     """The part of the model with a learning rate of its own."""
-    objective: Callable[[nn.Module, B, torch.Generator], Losses]
+    objective: Objective[B]
     batches_per_epoch: int
     batches_from: Callable[[int], Generator[B, None, None]]
     """This worker's batches on its device, from the given number on, without end."""
@@ -114,6 +113,7 @@ def train_stage(stage: Stage[B], host: Host) -> Position:
             clip_norm=recipe.optimiser.clip_norm,
             seed=recipe.seed,
             world=world,
+            max_pictures_per_pass=recipe.resources.max_pictures_per_pass,
         )
         return train(job, _surroundings(stage, host, start, plan, stack), start)
 

@@ -1,11 +1,8 @@
 """The detection objective on detectors whose tokens learn too."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
-import finetune.objective
 from finetune.objective import DetectionObjective
 from models.detection_losses import Supervision, supervision_of
 from models.detector import Detector
@@ -15,9 +12,8 @@ from models.matching import MatchingCosts
 from models.selection import SelectionSettings
 from models.structures import DetectionBatch, Images, Losses, Targets, padding_of
 from tests.finetune.small_detector import SETTINGS
-from training.world import World
+from tests.training.small import losses_alone
 
-ALONE = World.alone(torch.device("cpu"))
 SPARSE = SETTINGS.model_dump() | {
     "encoder_layers": 2,
     "class_scores": "sigmoid",
@@ -56,8 +52,9 @@ def batch(*counts: int, blank: bool = False) -> DetectionBatch:
 
 def losses_of(model: Detector, given: DetectionBatch) -> Losses:
     supervision = supervision_of(model.settings)
-    objective = DetectionObjective(MatchingCosts(), LossWeights(), ALONE, supervision)
-    return objective(model, given, torch.Generator())
+    queries = model.settings.num_queries
+    objective = DetectionObjective(MatchingCosts(), LossWeights(), queries, supervision)
+    return losses_alone(objective, model, given)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +80,8 @@ def test_every_parameter_of_a_sparse_detector_gets_a_finite_gradient(
     assert broken == []
 
 
-def test_a_broken_head_gives_nan_everywhere_and_takes_part_in_one_sum(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Two ranks: the sum of the one that matches has the shape of that of the one that cannot."""
-    shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(finetune.objective, "all_reduce_sum", _kept(shapes))
+def test_a_broken_head_gives_nan_everywhere(caplog: pytest.LogCaptureFixture) -> None:
     model = sparse_detector("dam")
-    losses_of(model, batch(2, 1))
     assert model.proposal_box_head is not None
     with torch.no_grad():
         model.proposal_box_head.layers[-1].bias.fill_(torch.nan)
@@ -100,16 +91,6 @@ def test_a_broken_head_gives_nan_everywhere_and_takes_part_in_one_sum(
     trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
     assert all(tensor.grad is not None for tensor in trained)
     assert "the step is left out: no finite matching cost" in caplog.text
-    assert len(shapes) == 2
-    assert shapes[0] == shapes[1]
-
-
-def _kept(shapes: list[tuple[int, ...]]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def keep(divisors: torch.Tensor) -> torch.Tensor:
-        shapes.append(tuple(divisors.shape))
-        return divisors
-
-    return keep
 
 
 def test_supervision_is_what_the_settings_say() -> None:

@@ -28,6 +28,7 @@ from tests.data.one_shot_sets import SCENES, write_coco
 from tests.finetune.public_files import patch_detector, pretraining_file
 from tests.finetune.small_detector import CLASSES, SETTINGS, write_weights
 from tests.models.test_detector import images
+from tests.training.small import losses_alone
 from training.recipe import RecipeError, load_recipe
 from training.world import World
 
@@ -117,7 +118,7 @@ def test_one_picture_asked_with_two_crops_learns_two_answers() -> None:
     """What a crop shows reaches the boxes; others who rebuilt it from the paper tell otherwise."""
     settings = SETTINGS.model_copy(update={"num_classes": None, "dropout": 0.0})
     model = one_shot_detector(settings, torch.Generator().manual_seed(0)).train()
-    objective = OneShotObjective(MatchingCosts(), LossWeights(), ALONE)
+    objective = OneShotObjective(MatchingCosts(), LossWeights(), SETTINGS.num_queries)
     wanted = torch.tensor([[[0.25, 0.5, 0.4, 0.6]], [[0.75, 0.5, 0.4, 0.6]]])
     asked = replace(
         batch(1, 1),
@@ -127,7 +128,7 @@ def test_one_picture_asked_with_two_crops_learns_two_answers() -> None:
     )
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     for _ in range(120):
-        objective(model, asked, torch.Generator()).total.backward()
+        losses_alone(objective, model, asked).total.backward()
         optimiser.step()
         optimiser.zero_grad()
     assert asked.query_patches is not None
@@ -142,8 +143,8 @@ def test_empty_and_blank_batches_have_finite_losses_and_whole_graphs() -> None:
     """An empty worker neither hangs nor breaks the others (peers' bug 5)."""
     settings = SETTINGS.model_copy(update={"num_classes": None})
     model = one_shot_detector(settings, torch.Generator().manual_seed(0)).train()
-    objective = OneShotObjective(MatchingCosts(), LossWeights(), ALONE)
-    found = objective(model, batch(0, 0), torch.Generator())
+    objective = OneShotObjective(MatchingCosts(), LossWeights(), SETTINGS.num_queries)
+    found = losses_alone(objective, model, batch(0, 0))
     assert found.total.isfinite()
     found.total.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -154,8 +155,8 @@ def test_predictions_that_are_not_finite_give_a_total_of_nan() -> None:
     model = one_shot_detector(settings, torch.Generator().manual_seed(0)).train()
     with torch.no_grad():
         model.detector.box_head.layers[-1].bias.fill_(torch.nan)
-    objective = OneShotObjective(MatchingCosts(), LossWeights(), ALONE)
-    assert objective(model, batch(1), torch.Generator()).total.isnan()
+    objective = OneShotObjective(MatchingCosts(), LossWeights(), SETTINGS.num_queries)
+    assert losses_alone(objective, model, batch(1)).total.isnan()
 
 
 def test_a_whole_run_trains_judges_and_leaves_weights_that_can_be_asked(tmp_path: Path) -> None:

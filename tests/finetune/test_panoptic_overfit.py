@@ -21,6 +21,7 @@ from models.structures import DetectionBatch
 from tests.data.panoptic_batches import first_batch
 from tests.data.panoptic_sets import panoptic_set
 from tests.finetune.test_panoptic_task import ALONE, judging, small_settings
+from tests.training.small import losses_alone
 
 Objective = DetectionObjective | PanopticObjective
 
@@ -31,10 +32,10 @@ def test_two_pictures_are_learned_by_heart(tmp_path: Path) -> None:
     batch = first_batch(data, "none")
     generator = torch.Generator().manual_seed(0)
     detector = Detector(small_settings(data.classes), generator)
-    costs = MatchingCosts()
-    learn(detector, DetectionObjective(costs, LossWeights(), ALONE), batch, (5e-4, 0.1), 160)
+    costs, queries = MatchingCosts(), detector.settings.num_queries
+    learn(detector, DetectionObjective(costs, LossWeights(), queries), batch, (5e-4, 0.1), 160)
     model = PanopticDetector(detector, MaskHeadSettings(), generator)
-    learn(model, PanopticObjective(costs, MaskLossWeights(), ALONE), batch, (5e-4, 10.0), 160)
+    learn(model, PanopticObjective(costs, MaskLossWeights(), queries), batch, (5e-4, 10.0), 160)
     found = quality(model, data)
     assert found.all is not None
     assert found.all.pq > 0.7
@@ -51,7 +52,7 @@ def learn(
     parameters = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=lr)
     for _ in range(steps):
-        losses = objective(model, batch, torch.Generator())
+        losses = losses_alone(objective, model, batch)
         optimiser.zero_grad()
         torch.autograd.backward(losses.total)
         torch.nn.utils.clip_grad_norm_(parameters, clip_norm)

@@ -47,6 +47,7 @@ from models.structures import Classes, DetectionBatch, Images, Targets
 from tests.data.panoptic_batches import first_batch, sample_of
 from tests.data.panoptic_sets import panoptic_set
 from tests.models.panoptic_small import SETTINGS, panoptic_detector
+from tests.training.small import losses_alone
 from training.recipe import load_recipe
 from training.world import World
 
@@ -117,12 +118,12 @@ def test_a_step_lowers_the_loss_and_leaves_the_detector_as_it_was(data: Detectio
     model = model_of(data).train()
     before = {name: tensor.clone() for name, tensor in model.detector.state_dict().items()}
     batch = first_batch(data, "none")
-    objective = PanopticObjective(MatchingCosts(), MaskLossWeights(), ALONE)
+    objective = PanopticObjective(MatchingCosts(), MaskLossWeights(), 3)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-3)
     totals = []
     for _ in range(4):
-        losses = objective(model, batch, torch.Generator())
+        losses = losses_alone(objective, model, batch)
         optimiser.zero_grad()
         torch.autograd.backward(losses.total)
         optimiser.step()
@@ -140,8 +141,8 @@ def test_broken_boxes_give_a_loss_that_is_not_finite_and_reaches_every_parameter
     batch = first_batch(data, "none")
     boxes = tuple(box * torch.nan for box in batch.targets.boxes_cxcywh)
     broken = replace(batch, targets=Targets(boxes, batch.targets.labels))
-    objective = PanopticObjective(MatchingCosts(), MaskLossWeights(), ALONE)
-    losses = objective(model, broken, torch.Generator())
+    objective = PanopticObjective(MatchingCosts(), MaskLossWeights(), 3)
+    losses = losses_alone(objective, model, broken)
     torch.autograd.backward(losses.total)
     assert not torch.isfinite(losses.total)
     gradients = [p.grad for p in model.parameters() if p.requires_grad]
@@ -151,8 +152,8 @@ def test_broken_boxes_give_a_loss_that_is_not_finite_and_reaches_every_parameter
 def test_a_blank_batch_counts_for_nothing(data: DetectionSet) -> None:
     """Peers' bug 5."""
     model = model_of(data).train()
-    objective = PanopticObjective(MatchingCosts(), MaskLossWeights(), ALONE)
-    losses = objective(model, blank_batch(), torch.Generator())
+    objective = PanopticObjective(MatchingCosts(), MaskLossWeights(), 3)
+    losses = losses_alone(objective, model, blank_batch())
     torch.autograd.backward(losses.total)
     assert float(losses.total.detach()) == 0
 

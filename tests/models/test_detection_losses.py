@@ -1,6 +1,6 @@
 """What a detector is taught beyond its decoder: proposals, encoder layers, objectness, scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from models.detection_losses import Supervision, detection_losses, unmatched_losses
 from models.losses import LossWeights, set_losses
-from models.matching import MatchingCosts, UnmatchableError
+from models.matching import ClassScores, MatchingCosts, UnmatchableError
+from models.shares import Share, counts_of
 from models.structures import (
     DetectorOutput,
     GroupOutput,
@@ -221,71 +222,49 @@ def test_boxes_of_unusable_tokens_are_one_and_their_gradients_zero_not_nan() -> 
 
 
 @pytest.mark.parametrize("class_scores", ["softmax", "sigmoid"])
-def test_averaged_gradients_of_unequal_ranks_are_those_of_the_whole_batch(
-    class_scores: str,
+def test_gradients_of_unequal_parts_add_up_to_those_of_the_whole_batch(
+    class_scores: ClassScores,
 ) -> None:
-    """Ranks hold 1 and 2 pictures; class terms, pairs and scores all have divisors of all ranks."""
-    supervision = Supervision("sigmoid" if class_scores == "sigmoid" else "softmax", "all")
+    """Two workers with 1 and 2 pictures; of softmax scores where pictures have as many tokens."""
+    supervision = Supervision(class_scores, "all")
     output, of = sparse_output(), targets(3, 1, 2)
-    whole = _gradients(output, of, supervision, None, 1)
+    if class_scores == "softmax":
+        output = _with_kept(output, torch.ones_like(KEPT))
+    whole, alone = _learned(output, of, supervision)
     parts = [slice(0, 1), slice(1, 3)]
-    kept: list[Tensor] = []
-
-    def keep(divisors: Tensor) -> Tensor:
-        kept.append(divisors)
-        return divisors
-
-    for part in parts:
-        _gradients(rows(output, part), _some(of, part), supervision, keep, 1)
-    together = torch.stack(kept).sum(0)
-    ranks = [
-        _gradients(rows(output, part), _some(of, part), supervision, lambda _: together, 2)
-        for part in parts
-    ]
-    for ours, theirs in zip(whole, zip(*ranks, strict=True), strict=True):
+    share = Share(torch.stack([counts_of(of.part(part), 5) for part in parts]).sum(0), workers=2)
+    found = [_learned(rows(output, part), of.part(part), supervision, share) for part in parts]
+    for name, term in alone.terms.items():
+        together = sum(losses.terms[name] for _, losses in found) / 2
+        torch.testing.assert_close(together, term, msg=name)
+    for ours, theirs in zip(whole, zip(*(leaves for leaves, _ in found), strict=True), strict=True):
         torch.testing.assert_close(torch.cat(theirs) / 2, ours)
 
 
-def _gradients(
-    output: DetectorOutput,
-    of: Targets,
-    supervision: Supervision,
-    reduce_sum: Callable[[Tensor], Tensor] | None,
-    world_size: int,
-) -> tuple[Tensor, ...]:
+def _with_kept(output: DetectorOutput, kept: Tensor) -> DetectorOutput:
+    assert output.memory.selection is not None
+    selection = replace(output.memory.selection, kept=kept)
+    return replace(output, memory=replace(output.memory, selection=selection))
+
+
+def _learned(
+    output: DetectorOutput, of: Targets, supervision: Supervision, share: Share | None = None
+) -> tuple[tuple[Tensor, ...], Losses]:
     known, leaves = with_leaves(output)
-    losses = detection_losses(
-        known, of, WEIGHTS, COSTS, supervision, reduce_sum=reduce_sum, world_size=world_size
-    )
-    return torch.autograd.grad(losses.total, leaves)
-
-
-def _some(of: Targets, part: slice) -> Targets:
-    return Targets(of.boxes_cxcywh[part], of.labels[part])
+    losses = detection_losses(known, of, WEIGHTS, COSTS, supervision, share=share)
+    return torch.autograd.grad(losses.total, leaves), losses
 
 
 @pytest.mark.parametrize("supervision", [ALL, BINARY, Supervision("softmax", "all")])
-def test_a_rank_that_cannot_match_joins_the_one_reduction_and_gives_nan_everywhere(
-    supervision: Supervision,
-) -> None:
-    """Whichever kind of predictions is broken: else the other ranks would wait for ever."""
-    shapes: list[tuple[int, ...]] = []
-
-    def keep(divisors: Tensor) -> Tensor:
-        shapes.append(tuple(divisors.shape))
-        return divisors
-
-    output, of = sparse_output(), targets(2, 1, 0)
-    detection_losses(output, of, WEIGHTS, COSTS, supervision, reduce_sum=keep)
-    broken, leaves = with_leaves(output)
+def test_a_part_that_cannot_be_matched_gives_nan_everywhere(supervision: Supervision) -> None:
+    """Whichever kind of predictions is broken."""
+    broken, leaves = with_leaves(sparse_output())
+    of = targets(2, 1, 0)
     with torch.no_grad():
         broken.memory.encoder_layers[1].boxes[0, 0] = torch.nan
     with pytest.raises(UnmatchableError, match="in encoder layer 1, picture 0"):
-        detection_losses(broken, of, WEIGHTS, COSTS, supervision, reduce_sum=keep)
-    assert len(shapes) == 1
-    losses = unmatched_losses(broken, of, supervision, reduce_sum=keep)
-    assert shapes[0] == shapes[1]
-    assert len(shapes) == 2
+        detection_losses(broken, of, WEIGHTS, COSTS, supervision)
+    losses = unmatched_losses(broken, of, supervision)
     assert losses.total.isnan()
     assert all(bool(each.isnan().all()) for each in torch.autograd.grad(losses.total, leaves))
 

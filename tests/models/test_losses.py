@@ -1,7 +1,6 @@
 """The set criterion."""
 
 import math
-from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torchvision.ops import generalized_box_iou
 from models.boxes import cxcywh_to_xyxy
 from models.losses import LossWeights, Reconstruction, set_losses
 from models.matching import ClassScores, MatchingCosts, match
+from models.shares import Share, counts_of
 from models.structures import GroupOutput, LayerOutput, Losses, Targets
 from tests.models.test_matching import predictions, targets
 
@@ -81,47 +81,43 @@ def test_all_layers_at_once_equal_one_after_the_other_forward_and_backward() -> 
 @pytest.mark.parametrize(
     ("no_object", "class_scores"), [(0.1, "softmax"), ("paper", "softmax"), (0.1, "sigmoid")]
 )
-def test_averaged_gradients_of_unequal_ranks_are_those_of_the_whole_batch(
+def test_gradients_and_terms_of_unequal_parts_add_up_to_those_of_the_whole_batch(
     no_object: float | str, class_scores: ClassScores
 ) -> None:
-    """Ranks hold 1 and 2 pictures, a third one only a blank stand-in."""
+    """One worker makes passes of 1 and 2 pictures, one with more targets than queries; the other
+    worker has only a blank stand-in, whose targets must not count."""
     logits, boxes = predictions(2, 3, 5)
     weights = LossWeights.model_validate({"no_object": no_object})
-    of = targets(2, 2, 2)
-    whole = _gradient(logits, boxes, of, weights, class_scores)
+    of = targets(2, 7, 0)
+    gradient, whole = _learned(logits, boxes, of, weights, class_scores)
     parts = [slice(0, 1), slice(1, 3), slice(0, 1)]
-    divisors = _divisors(logits, boxes, of, weights, class_scores, parts)
-    ranks = [
-        _gradient(
-            logits[:, part],
-            boxes[:, part],
-            Targets((torch.zeros(0, 4),), (torch.zeros(0, dtype=torch.int64),))
-            if rank == 2
-            else Targets(of.boxes_cxcywh[part], of.labels[part]),
-            weights,
-            class_scores,
-            reduce_sum=lambda _: divisors,
-            world_size=3,
-            blank=rank == 2,
+    counts = [counts_of(of.part(rows), 5, blank=n == 2) for n, rows in enumerate(parts)]
+    assert [count.tolist() for count in counts] == [[2, 2, 1], [7, 5, 2], [0, 0, 0]]
+    share = Share(torch.stack(counts).sum(0), workers=2)
+    found = [
+        _learned(
+            logits[:, rows], boxes[:, rows], of.part(rows), weights, class_scores, share, n == 2
         )
-        for rank, part in enumerate(parts)
+        for n, rows in enumerate(parts)
     ]
-    assert float(ranks[2].abs().max()) == 0
-    torch.testing.assert_close(torch.cat(ranks[:2], dim=1) / 3, whole)
+    assert float(found[2][0].abs().max()) == 0
+    torch.testing.assert_close(torch.cat([found[0][0], found[1][0]], dim=1) / 2, gradient)
+    torch.testing.assert_close(sum(losses.total for _, losses in found) / 2, whole.total)
+    for name, term in whole.terms.items():
+        together = sum(losses.terms[name] for _, losses in found) / 2
+        torch.testing.assert_close(together, term, msg=name)
 
 
-def _gradient(
+def _learned(
     logits: Tensor,
     boxes: Tensor,
     of: Targets,
     weights: LossWeights,
     class_scores: ClassScores,
-    *,
-    reduce_sum: Callable[[Tensor], Tensor] | None = None,
-    world_size: int = 1,
+    share: Share | None = None,
     blank: bool = False,
-) -> Tensor:
-    """Of the total with respect to logits and boxes, side by side."""
+) -> tuple[Tensor, Losses]:
+    """The total's gradient with respect to logits and boxes, side by side, and the losses."""
     leaves = (logits.clone().requires_grad_(), boxes.clone().requires_grad_())
     losses = set_losses(
         group_of(*leaves),
@@ -129,42 +125,10 @@ def _gradient(
         weights,
         COSTS,
         class_scores=class_scores,
-        reduce_sum=reduce_sum,
-        world_size=world_size,
+        share=share,
         blank=blank,
     )
-    return torch.cat(torch.autograd.grad(losses.total, leaves), dim=-1)
-
-
-def _divisors(
-    logits: Tensor,
-    boxes: Tensor,
-    of: Targets,
-    weights: LossWeights,
-    class_scores: ClassScores,
-    parts: Sequence[slice],
-) -> Tensor:
-    """What a sum over the ranks gives: the blank one adds nothing."""
-    local: list[Tensor] = []
-
-    def keep(divisors: Tensor) -> Tensor:
-        local.append(divisors)
-        return divisors
-
-    for rank, part in enumerate(parts):
-        share = Targets(of.boxes_cxcywh[part], of.labels[part])
-        group = group_of(logits[:, part], boxes[:, part])
-        set_losses(
-            group,
-            share,
-            weights,
-            COSTS,
-            class_scores=class_scores,
-            reduce_sum=keep,
-            blank=rank == 2,
-        )
-    assert float(local[2].abs().max()) == 0
-    return torch.stack(local).sum(0)
+    return torch.cat(torch.autograd.grad(losses.total, leaves), dim=-1), losses
 
 
 def test_the_papers_no_object_weight_is_targets_per_query() -> None:

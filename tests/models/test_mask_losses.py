@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from models.mask_head import MatchedMasks
 from models.mask_losses import (
@@ -15,6 +14,7 @@ from models.mask_losses import (
     true_masks,
 )
 from models.matching import Matching, MatchingCosts
+from models.shares import Share
 from models.structures import Losses
 from tests.models.panoptic_small import panoptic_detector, some_targets, two_pictures
 
@@ -51,7 +51,7 @@ def test_true_masks_are_taken_by_picture_and_target() -> None:
 
 def test_sums_are_divided_by_the_targets_of_all_workers() -> None:
     alone = _losses(num_targets=2)
-    shared = _losses(num_targets=2, reduce_to=6.0, world_size=2)
+    shared = _losses(num_targets=2, share=Share(torch.tensor([6.0, 6.0, 4.0]), workers=2))
     for name in ("loss_mask", "loss_dice"):
         assert float(shared.terms[name]) == pytest.approx(float(alone.terms[name]) * 2 * 2 / 6)
 
@@ -86,13 +86,9 @@ def test_nothing_to_match_adds_nothing_and_keeps_the_graph_whole(blank: bool) ->
 
 def _losses(
     num_targets: int,
-    reduce_to: float | None = None,
-    world_size: int = 1,
+    share: Share | None = None,
     weights: MaskLossWeights | None = None,
 ) -> Losses:
-    def reduce_sum(divisor: Tensor) -> Tensor:
-        return torch.full_like(divisor, reduce_to or float(divisor))
-
     model = panoptic_detector()
     found: MatchedMasks = model(two_pictures(), some_targets(1, 1), MatchingCosts())
     segments = torch.ones(2, 64, 96, dtype=torch.int16)
@@ -101,8 +97,7 @@ def _losses(
         true_masks(found.matching, segments),
         num_targets,
         weights or MaskLossWeights(),
-        reduce_sum=reduce_sum,
-        world_size=world_size,
+        share=share,
     )
 
 

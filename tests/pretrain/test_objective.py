@@ -9,11 +9,8 @@ from pretrain.objective import PatchObjective
 from pretrain.recipe import PretrainRecipe
 from pretrain.weights import blank_model
 from tests.pretrain.small_run import DEFORMABLE, RECIPE, SPARSE
+from tests.training.small import losses_alone
 from training.recipe import load_recipe
-from training.world import World
-
-ALONE = World.alone(torch.device("cpu"))
-
 
 KINDS: dict[str, tuple[str, ...]] = {"dense": (), "deformable": DEFORMABLE, "sparse": SPARSE}
 
@@ -44,7 +41,7 @@ def batch(blank: bool = False) -> PatchBatch:
 
 
 def losses_of(model: PatchDetector, recipe: PretrainRecipe, given: PatchBatch) -> Losses:
-    return PatchObjective(recipe, ALONE)(model, given, torch.Generator().manual_seed(1))
+    return losses_alone(PatchObjective(recipe), model, given, seed=1)
 
 
 @pytest.mark.parametrize("blank", [False, True])

@@ -1,14 +1,16 @@
 """A job small enough to follow by hand: a linear model with dropout on numbered batches."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from models.shares import Share
 from models.structures import Losses
 from training.ema import Ema, EmaSettings
-from training.job import Job, LoopSettings, Surroundings, plan_steps
+from training.job import B, Job, LoopSettings, Objective, Surroundings, plan_steps
 from training.optimiser import OptimiserSettings, build_optimiser
 from training.schedule import ScheduleSettings, schedule_in_steps
 from training.snapshot import Position, TrainingState
@@ -26,6 +28,9 @@ class NumberBatch:
     keys: tuple[str, ...]
     skipped: tuple[str, ...] = ()
 
+    def part(self, rows: slice) -> Self:
+        return replace(self, rows=self.rows[rows], keys=self.keys[rows], skipped=())
+
 
 class DropoutLine(nn.Module):
     def __init__(self) -> None:
@@ -38,12 +43,36 @@ class DropoutLine(nn.Module):
         return self.head(self.dropout(torch.relu(self.backbone(rows))))
 
 
+Function = Callable[[nn.Module, NumberBatch, torch.Generator], Losses]
+
+
+@dataclass(frozen=True)
+class FunctionObjective:
+    """The losses of a function, where a batch is computed by one worker in one pass."""
+
+    function: Function
+
+    def counts(self, batch: NumberBatch) -> Tensor:
+        return torch.zeros(3)
+
+    def __call__(
+        self, model: nn.Module, batch: NumberBatch, share: Share, generator: torch.Generator
+    ) -> Losses:
+        return self.function(model, batch, generator)
+
+
 def line_objective(model: nn.Module, batch: NumberBatch, generator: torch.Generator) -> Losses:
     """Squares, and a term that uses the step's generator."""
     found = model(batch.rows)
     noise = torch.randn(found.shape, generator=generator)
     squares = (found**2).mean()
     return Losses(squares + (found * noise).mean(), {"squares": squares})
+
+
+def losses_alone(objective: Objective[B], model: nn.Module, batch: B, seed: int = 0) -> Losses:
+    """The losses of a batch that one worker computes in one pass."""
+    generator = torch.Generator().manual_seed(seed)
+    return objective(model, batch, Share(objective.counts(batch)), generator)
 
 
 def number_batch(number: int, rows: int = 3) -> NumberBatch:
@@ -72,7 +101,7 @@ def small_job(
     settings: LoopSettings,
     start: Position | None = None,
     batches: Callable[[int], Iterator[NumberBatch]] = number_batches,
-    objective: Callable[[nn.Module, NumberBatch, torch.Generator], Losses] = line_objective,
+    objective: Function = line_objective,
     clip_norm: float | None = 0.1,
 ) -> Job[NumberBatch]:
     plan = plan_steps(settings, BATCHES_PER_EPOCH)
@@ -80,7 +109,7 @@ def small_job(
     return Job(
         state=state,
         model=state.model,
-        objective=objective,
+        objective=FunctionObjective(objective),
         batches=batches(plan.first_batch(start or Position())),
         plan=plan,
         schedule=schedule_in_steps(schedule, plan.total_steps, plan.steps_per_epoch),

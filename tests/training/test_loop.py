@@ -27,7 +27,7 @@ from tests.training.small import (
 from training.checkpoint import CheckpointWriter, resume
 from training.ema import EmaSettings
 from training.job import LoopSettings, Scoring, Surroundings, plan_steps
-from training.loop import NonFiniteLoss, seed_step, train
+from training.loop import NonFiniteLoss, batch_generator, seed_dropout, train
 from training.metrics import Journal, StepRecord, read_metrics
 from training.optimiser import OptimiserSettings, build_optimiser
 from training.retention import RetentionSettings
@@ -107,17 +107,23 @@ def test_a_run_resumed_exactly_at_the_end_of_an_epoch_goes_on(tmp_path: Path) ->
     assert run_in(folder, small_state(), LoopSettings(steps=8)).step == 8
 
 
-def test_dropout_and_draws_depend_on_seed_step_and_rank_alone() -> None:
-    def draws(*place: int) -> tuple[float, float]:
-        generator = seed_step(*place)
-        return torch.rand(()).item(), torch.rand((), generator=generator).item()
+def test_dropout_depends_on_seed_step_and_rank_alone() -> None:
+    def draw(*place: int) -> float:
+        seed_dropout(*place)
+        return torch.rand(()).item()
 
-    first = draws(7, 3, 0)
+    first = draw(7, 3, 0)
     torch.rand(100)
-    assert draws(7, 3, 0) == first
-    others = [draws(8, 3, 0), draws(7, 4, 0), draws(7, 3, 1)]
-    assert len({first, *others}) == 4
-    assert first[0] != first[1]
+    assert draw(7, 3, 0) == first
+    assert len({first, draw(8, 3, 0), draw(7, 4, 0), draw(7, 3, 1)}) == 4
+
+
+def test_what_the_objective_draws_depends_on_the_seed_and_the_batch_alone() -> None:
+    def draw(*place: int) -> float:
+        return torch.rand((), generator=batch_generator(*place)).item()
+
+    assert draw(7, 3) == draw(7, 3)
+    assert len({draw(7, 3), draw(8, 3), draw(7, 4)}) == 3
 
 
 def squares(model: nn.Module, batch: NumberBatch, generator: torch.Generator) -> Losses:
@@ -158,8 +164,8 @@ def test_one_step_is_the_hand_written_step() -> None:
     state, twin = small_state(), small_state().model
     train(small_job(state, LoopSettings(steps=1)), surroundings(), Position())
     optimiser = torch.optim.AdamW(twin.parameters(), lr=0.01, weight_decay=1e-4, fused=True)
-    generator = seed_step(7, 0, 0)
-    line_objective(twin, number_batch(0), generator).total.backward()
+    seed_dropout(7, 0, 0)
+    line_objective(twin, number_batch(0), batch_generator(7, 0)).total.backward()
     torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
     optimiser.step()
     for ours, theirs in zip(state.model.parameters(), twin.parameters(), strict=True):
