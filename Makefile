@@ -9,6 +9,9 @@
 
 VENV ?= .venv
 TESTS ?=
+# Files of tests side by side; BESIDE=1 runs one after the other, as `pytest` alone does.
+BESIDE ?= 2
+PYTEST = $(VENV)/bin/python -m pytest -n $(BESIDE) --dist loadgroup --no-loadscope-reorder
 CODE := models data training pretrain finetune cluster tests $(wildcard querypatch.py setup.py benchmarks)
 
 # A name on the PATH proves nothing (version managers install shims that refuse to run), so each is tried.
@@ -23,14 +26,14 @@ demo: setup
 	$(VENV)/bin/querypatch demo
 
 test: setup
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 check: setup
 	$(VENV)/bin/ruff format --check $(CODE)
 	$(VENV)/bin/ruff check $(CODE)
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 format: setup
 	$(VENV)/bin/ruff check --fix $(CODE)

@@ -25,9 +25,19 @@ def shared_data() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip, saying so, where there is no CUDA device."""
-    if torch.cuda.is_available():
-        return
+    """Tests marked `gpu` skip, saying so, where there is no CUDA device.
+
+    Files run side by side (`make test`), those that start a cluster one after the other and first:
+    they take longest, wait most, and two of them do not fit a small machine.
+    """
+    items.sort(key=lambda item: not _starts_a_cluster(item))
     for item in items:
-        if item.get_closest_marker("gpu"):
+        group = "cluster" if _starts_a_cluster(item) else item.location[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+def _starts_a_cluster(item: pytest.Item) -> bool:
+    is_slow = item.get_closest_marker("slow") or item.get_closest_marker("long")
+    return "tests/cluster/" in item.location[0] and is_slow is not None
