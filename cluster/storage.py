@@ -13,7 +13,8 @@ import pyarrow.fs
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from training.checkpoint import FOLDER, CheckpointWriter
+from training.checkpoint import FOLDER
+from training.checkpoint_writer import CheckpointWriter
 from training.manifest import checkpoint_name
 from training.run_folder import RunFolder
 from training.snapshot import Position, TrainingState

@@ -20,7 +20,7 @@ from cluster.kernels import check_kernels
 from cluster.stages import Recipe, parsed_recipe, run_stage
 from cluster.storage import RayCheckpoints
 from models.ops.deformable import set_allow_reference
-from training.checkpoint import CheckpointWriter
+from training.checkpoint_writer import CheckpointWriter
 from training.job import Checkpoints
 from training.progress import Display, open_display
 from training.recipe import recipe_digest

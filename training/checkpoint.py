@@ -12,9 +12,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from training.kept import find_kept, forget_kept, kept_folder
 from training.manifest import FileRecord, Manifest, checkpoint_name, parse_manifest
 from training.retention import RetentionSettings, expired
-from training.run_folder import RunFolder, StoreError
+from training.run_folder import RunFolder
 from training.snapshot import (
     MODEL,
     STATE,
@@ -24,57 +25,14 @@ from training.snapshot import (
     TrainingState,
     read_files,
     restore,
-    take_snapshot,
     write_files,
 )
-from training.uploads import Uploads
 from training.world import World, broadcast_object
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
-
-
-class CheckpointWriter:
-    """Stores checkpoints in the background and deletes those that the settings no longer keep."""
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        uploads: Uploads,
-        settings: RetentionSettings,
-        world: World,
-        recipe_digest: str,
-    ) -> None:
-        self._folder = folder
-        self._uploads = uploads
-        self._settings = settings
-        self._world = world
-        self._recipe_digest = recipe_digest
-
-    def save(self, state: TrainingState, position: Position, metrics: Mapping[str, float]) -> None:
-        """Copies the state to the CPU and queues it; `metrics` are of an evaluation at this step.
-
-        Called on every worker; all but the first return at once.
-        """
-        if not self._world.is_first:
-            return
-        snapshot = take_snapshot(state, position, self._world.size)
-        name = checkpoint_name(position.step)
-        self._uploads.submit(f"checkpoint {name}", lambda: self._store(snapshot, dict(metrics)))
-
-    def flush(self) -> None:
-        """Returns when every queued checkpoint is stored or has failed."""
-        self._uploads.flush()
-
-    def _store(self, snapshot: Snapshot, metrics: dict[str, float]) -> None:
-        save_checkpoint(self._folder, snapshot, metrics, self._recipe_digest)
-        try:
-            delete_expired(self._folder, self._settings)
-        except StoreError as error:
-            # The new one is stored all the same: this must not count as a failed upload.
-            logger.warning("older checkpoints stay: %s", error)
 
 
 def save_checkpoint(
@@ -107,13 +65,24 @@ def commit_files(
     Raises:
         StoreError: the store failed for good; the checkpoint does not exist then.
     """
-    manifest = Manifest(
+    return _commit(folder, source, manifest_of(source, step, metrics, recipe_digest))
+
+
+def manifest_of(
+    source: Path, step: int, metrics: Mapping[str, float], recipe_digest: str
+) -> Manifest:
+    """The manifest of the files that `write_files` made in `source`."""
+    return Manifest(
         step=step,
         files={name: _measured(source / name) for name in (MODEL, STATE)},
         # JSON has no NaN, which e.g. the precision of no boxes is.
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
         recipe_digest=recipe_digest,
     )
+
+
+def _commit(folder: RunFolder, source: Path, manifest: Manifest) -> Manifest:
+    step = manifest.step
     # Asked first: a store that allows no deletes shall not refuse a new checkpoint for it.
     if folder.size(_place(step, MANIFEST)) is not None:
         folder.delete(_place(step, MANIFEST))
@@ -201,6 +170,8 @@ def resume(folder: RunFolder, state: TrainingState, world: World) -> Position:
     Raises:
         CheckpointError: as `load_newest` and `restore`.
     """
+    if world.is_first:
+        store_kept(folder)
     snapshot = load_newest(folder) if world.is_first else None
     step = broadcast_object(snapshot.position.step if snapshot else None, world)
     if step is None:
@@ -210,6 +181,43 @@ def resume(folder: RunFolder, state: TrainingState, world: World) -> Position:
     if snapshot.world_size != world.size:
         logger.info("the run had %d workers and has %d now", snapshot.world_size, world.size)
     return restore(state, snapshot, f"{folder.url}/{FOLDER}/{checkpoint_name(step)}")
+
+
+def store_kept(folder: RunFolder) -> None:
+    """Stores the checkpoint that an earlier start had to leave on this machine, if it goes on.
+
+    Raises:
+        StoreError: the store still does not take it; it stays here.
+    """
+    kept = find_kept(folder)
+    if kept is None:
+        return
+    place = kept_folder(folder)
+    newest = newest_checkpoint(folder)
+    if newest is None or kept.after != newest.files[MODEL].sha256:
+        logger.warning(
+            "%s: step %d lies in %s, which the store did not take then; the run went another way "
+            "since, so it stays there",
+            folder.url,
+            kept.manifest.step,
+            place,
+        )
+        return
+    commit_kept(folder)
+
+
+def commit_kept(folder: RunFolder) -> None:
+    """Stores the checkpoint that is kept on this machine; nothing where there is none.
+
+    Raises:
+        StoreError: the store does not take it; it stays here.
+    """
+    kept = find_kept(folder)
+    if kept is None:
+        return
+    _commit(folder, kept_folder(folder), kept.manifest)
+    forget_kept(folder)
+    logger.info("%s: step %d, kept on this machine, is stored", folder.url, kept.manifest.step)
 
 
 def delete_expired(folder: RunFolder, settings: RetentionSettings) -> None:

@@ -20,6 +20,8 @@ class RetentionSettings(Settings):
     """Metric of the evaluation by which the best one stays, e.g. eval/ap; null keeps none."""
     best_is: Literal["max", "min"] = "max"
     """Whether the largest or the smallest value of best_metric is the best."""
+    wait_for_store_minutes: float = Field(default=10, ge=0)
+    """Minutes that the end of a run waits for a store that does not take the last checkpoint."""
 
 
 def expired(checkpoints: Sequence[Manifest], settings: RetentionSettings) -> tuple[Manifest, ...]:

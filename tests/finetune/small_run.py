@@ -15,7 +15,8 @@ from cluster.worker import run_alone, run_worker
 from data.synthetic import write_labelled_scenes
 from finetune.recipe import FinetuneRecipe
 from finetune.run import checked_recipe
-from training.checkpoint import CheckpointWriter, load_newest
+from training.checkpoint import load_newest
+from training.checkpoint_writer import CheckpointWriter
 from training.progress import open_display
 from training.recipe import load_recipe
 from training.run_folder import open_run_folder

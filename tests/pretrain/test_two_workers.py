@@ -18,7 +18,8 @@ from data.sources import list_source
 from data.synthetic import draw_scene
 from pretrain.recipe import PretrainRecipe
 from tests.pretrain.small_run import SPARSE, small_recipe, small_shards
-from training.checkpoint import CheckpointWriter, load_newest
+from training.checkpoint import load_newest
+from training.checkpoint_writer import CheckpointWriter
 from training.progress import open_display
 from training.recipe import load_recipe, recipe_yaml
 from training.run_folder import open_run_folder

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import re
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from torch import nn
 from tests.training.small import CPU, DropoutLine, small_state
 from tests.training.stumbling_store import Killed, Moods, stumbling_folder
 from training.checkpoint import (
-    CheckpointWriter,
     delete_expired,
     list_checkpoints,
     load_newest,
@@ -28,7 +26,6 @@ from training.ema import EmaSettings
 from training.retention import RetentionSettings
 from training.run_folder import RunFolder, StoreError, open_run_folder
 from training.snapshot import CheckpointError, Position, Snapshot, load_weights, take_snapshot
-from training.uploads import Uploads
 from training.world import World
 
 ALONE = World.alone(CPU)
@@ -306,60 +303,6 @@ def test_foreign_names_among_the_checkpoints_are_left_alone(folder: RunFolder) -
     folder.write("checkpoints/readme.txt", b"mine")
     delete_expired(folder, RetentionSettings(keep_last=1))
     assert folder.names("checkpoints") == ["readme.txt", "step_000005", "step_best"]
-
-
-def test_the_writer_stores_in_order_in_the_background_and_outlives_failures(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    gate = threading.Event()
-    moods = Moods(before_put=lambda: gate.wait(10) and None)
-    folder = stumbling_folder(moods)
-    uploads = Uploads(loud_after=2)
-    writer = CheckpointWriter(folder, uploads, RetentionSettings(keep_last=5), ALONE, "digest")
-    state = small_state()
-    for step in (1, 2):
-        writer.save(state, Position(step=step), {})
-    assert newest_checkpoint(folder) is None  # the training thread did not wait
-    gate.set()
-    writer.flush()
-    assert [m.step for m in list_checkpoints(folder)] == [2, 1]
-
-    moods.fail_puts = 6
-    for step in (3, 4):
-        writer.save(state, Position(step=step), {})
-    writer.flush()
-    assert (uploads.failures, uploads.failures_in_a_row) == (2, 2)
-    levels = [r.levelno for r in caplog.records if "was not stored" in r.getMessage()]
-    assert levels == [logging.WARNING, logging.ERROR]
-    writer.save(state, Position(step=5), {})
-    uploads.close()
-    assert (uploads.failures, uploads.failures_in_a_row) == (2, 0)
-    assert [m.step for m in list_checkpoints(folder)] == [5, 2, 1]
-
-
-def test_a_store_that_allows_no_deletes_keeps_all_checkpoints_and_says_so(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    folder = stumbling_folder(Moods(may_delete=False))
-    uploads = Uploads()
-    writer = CheckpointWriter(folder, uploads, RetentionSettings(keep_last=1), ALONE, "digest")
-    for step in (1, 2):
-        writer.save(small_state(), Position(step=step), {})
-    uploads.close()
-    assert (uploads.failures, [m.step for m in list_checkpoints(folder)]) == (0, [2, 1])
-    (warning,) = caplog.messages
-    assert warning.startswith("older checkpoints stay: may not delete stumbling://run/checkpoints/")
-
-
-def test_only_the_first_worker_writes() -> None:
-    moods = Moods()
-    uploads = Uploads()
-    writer = CheckpointWriter(
-        stumbling_folder(moods), uploads, RetentionSettings(), World(1, 2, CPU), "digest"
-    )
-    writer.save(small_state(), Position(step=1), {})
-    uploads.close()
-    assert moods.writes == 0
 
 
 def test_a_resume_with_an_average_needs_one(folder: RunFolder) -> None:

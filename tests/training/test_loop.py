@@ -24,7 +24,8 @@ from tests.training.small import (
     small_state,
     surroundings,
 )
-from training.checkpoint import CheckpointWriter, resume
+from training.checkpoint import resume
+from training.checkpoint_writer import CheckpointWriter
 from training.ema import EmaSettings
 from training.job import LoopSettings, Scoring, Surroundings, plan_steps
 from training.loop import NonFiniteLoss, batch_generator, seed_dropout, train

@@ -14,7 +14,8 @@ from models.settings import Settings
 from tests.servers import S3Store
 from tests.training.small import CPU, small_state
 from tests.training.stumbling_store import Moods, stumbling_folder
-from training.checkpoint import CheckpointWriter, list_checkpoints, resume
+from training.checkpoint import list_checkpoints, resume
+from training.checkpoint_writer import CheckpointWriter
 from training.ema import EmaSettings
 from training.metrics import Journal, read_metrics
 from training.recipe import RecipeError
