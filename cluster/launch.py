@@ -1,49 +1,50 @@
-"""A job: checks first, then the workers, with a bar for the person who waits."""
+"""A job through Ray: the workers' trainer, and a driver that watches it for whoever waits.
+
+The driver holds the run's lease, shows a bar, passes on requests to stop, writes the history, and
+decides when starting the workers again is of no more use. Ray Train starts them again, with as many
+as there are where `resources.workers` is a range.
+"""
 
 import logging
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
-from cluster.board import Board, Message
+from cluster.board import Board, Message, Taken
+from cluster.events import RayEvents
+from cluster.packaging import shipped_code
 from cluster.stages import Recipe
 from cluster.storage import forget_ray_record, ray_storage
+from cluster.witness import Witness
 from cluster.worker import device_of, run_on_ray
+from cluster.writing import Writing, writing
 from training.checkpoint import FOLDER
+from training.lease import LeaseLost
 from training.progress import Bar, PlainLines, open_display
 from training.recipe import recipe_yaml
 from training.resources import Resources
 from training.run_folder import RunFolder, open_run_folder
-from training.stopping import StopFlag, stop_on_signals
+from training.storage_settings import apply_storage_options
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.3
 """Seconds between two looks at the board."""
 
-SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-"""Of Ray, where the user has not set them: no telemetry, no doubled lines, a lost worker is noticed
-after a second and not after two."""
+BOARD_TIMEOUT_S = 10
+"""Seconds to wait for the board's answer."""
 
-
-NOT_SHIPPED = (".git", ".venv", ".ci", "runs", "demo", "shards", "build", "dist", "*.tar")
-"""What is never sent to a cluster with the checkout."""
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray's Jobs API in the process of a job that was submitted to it."""
 
 
 class JobFailed(RuntimeError):  # noqa: N818
@@ -53,21 +54,22 @@ class JobFailed(RuntimeError):  # noqa: N818
 def run_with_ray(recipe: Recipe, address: str | None, console: Console) -> None:
     """Runs the recipe on a Ray cluster, a fresh local one where `address` is None, to its end.
 
-    The first signal asks the workers for a checkpoint and an end; a second one ends this process.
-    Raises JobFailed, or ValueError where this machine lacks the device that is asked for.
+    The first signal asks the workers for a checkpoint and an end, as `querypatch stop` does; a
+    second one ends this process. Raises JobFailed; LeaseHeld: another job writes to the run;
+    LeaseLost; or ValueError where this machine lacks the device that is asked for.
     """
     if address is None:
         device_of(recipe.resources)
+    apply_storage_options(recipe.storage)
     folder = open_run_folder(recipe.run)
-    forget_ray_record(folder)
-    flag = StopFlag()
     try:
-        with _connected(recipe.resources, address):
-            board = ray.remote(num_cpus=0, max_restarts=3)(Board).remote()
-            trainer = _trainer(recipe, folder, board)
-            with stop_on_signals(flag):
-                _watch(_Fit(trainer), board, flag, console)
-    except JobFailed:
+        with writing(recipe, folder, console) as work:
+            forget_ray_record(folder)
+            with _connected(recipe.resources, address):
+                board = _pinned_here(Board)
+                fit = _Fit(_trainer(recipe, folder, board, work.lease.token))
+                _watch(fit, board, work, recipe.resources, console)
+    except (JobFailed, LeaseLost):
         # Ray's printer of the workers' lines may have been stopped in the middle of one (seen).
         console.print()
         raise
@@ -92,16 +94,17 @@ class _Fit(threading.Thread):
             self.is_finished = True
 
 
-def _trainer(recipe: Recipe, folder: RunFolder, board: Any) -> TorchTrainer:
+def _trainer(recipe: Recipe, folder: RunFolder, board: Any, token: str) -> TorchTrainer:
     resources = recipe.resources
     use_gpu = _uses_gpus(resources)
     path, filesystem = ray_storage(folder)
+    fewest, most = resources.min_workers, resources.max_workers
     return TorchTrainer(
         run_on_ray,
-        train_loop_config={"recipe": recipe_yaml(recipe), "board": board},
+        train_loop_config={"recipe": recipe_yaml(recipe), "board": board, "lease": token},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=resources.max_workers,
+            num_workers=(fewest, most) if resources.is_elastic else most,
             use_gpu=use_gpu,
             resources_per_worker={
                 "CPU": resources.cpus_per_worker,
@@ -112,9 +115,13 @@ def _trainer(recipe: Recipe, folder: RunFolder, board: Any) -> TorchTrainer:
             name=FOLDER,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=resources.max_restarts),
+            # Failures are counted by the driver, which knows which of them came to nothing.
+            failure_config=FailureConfig(
+                max_failures=-1, preemption_grace_s=resources.preemption_grace_s
+            ),
             logging_config=LoggingConfig(log_level="WARNING"),
-        ),  # type: ignore[call-arg]  # Ray's stubs show the first version's RunConfig
+            callbacks=[RayEvents(board)],  # type: ignore[list-item]  # any callback, says Ray
+        ),  # type: ignore[arg-type]  # Ray's stubs show the first version's RunConfig
     )
 
 
@@ -123,54 +130,79 @@ def _uses_gpus(resources: Resources) -> bool:
     if resources.device != "auto":
         return resources.device == "cuda"
     found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return found.get("GPU", 0) >= resources.max_workers
+    return found.get("GPU", 0) >= resources.min_workers
 
 
-def _watch(fit: _Fit, board: Any, flag: StopFlag, console: Console) -> None:
+def _pinned_here(actor: type) -> Any:
+    """An actor on the driver's own machine: it lives as long as the driver does."""
+    here = ray.get_runtime_context().get_node_id()
+    pinned = NodeAffinitySchedulingStrategy(here, soft=False)
+    options = {"num_cpus": 0, "max_restarts": 3, "scheduling_strategy": pinned}
+    return ray.remote(**options)(actor).remote()  # type: ignore[call-overload]
+
+
+def _watch(fit: _Fit, board: Any, work: Writing, resources: Resources, console: Console) -> None:
     """Shows the board until the workers are done, and passes a stop request on."""
-    asked = False
+    witness = Witness(work.history, resources.max_restarts)
     with ExitStack() as stack:
-        display: Bar | PlainLines | None = None
+        show = _Screen(console, stack)
         while fit.is_alive():
             fit.join(POLL_S)
-            if flag() and not asked:
-                asked = True
-                board.request_stop.remote()
-                console.print("stopping: the workers write a checkpoint first", highlight=False)
-            failure = _asked(board.failure)
-            if failure is not None:
-                raise JobFailed(failure)
-            message = _asked(board.take)
-            if message is None:
+            work.check_lease()
+            taken = _take(board, stop=work.flag())
+            if work.flag():
+                show.say_once("stopping: the workers write a checkpoint first")
+            if taken is None:
                 continue
-            if display is None:
-                display = open_display(console, message.start_step, message.total_steps)
-                stack.enter_context(display)
-            _show(display, message)
-        last = _asked(board.take)
-        if display is not None and last is not None:
-            _show(display, last)
+            reason = witness.see(taken)
+            show.message(taken.message)
+            if taken.failure or reason:
+                raise JobFailed(taken.failure or reason)
+        last = _take(board)
+        if last is not None:
+            witness.see(last)
+            show.message(last.message)
     if fit.error is not None:
         raise JobFailed(_reason(fit.error)) from fit.error
     if not fit.is_finished:
         raise JobFailed("Ray Train ended in an unforeseen way; its traceback stands above")
 
 
-def _asked(method: Any) -> Any:
-    """The board's answer; None while it is away."""
+class _Screen:
+    """The bar or the lines of the person who waits, from the first message on."""
+
+    def __init__(self, console: Console, stack: ExitStack) -> None:
+        self._console = console
+        self._stack = stack
+        self._display: Bar | PlainLines | None = None
+        self._said = ""
+
+    def say_once(self, text: str) -> None:
+        if self._said != text:
+            self._said = text
+            self._console.print(text, highlight=False)
+
+    def message(self, message: Message | None) -> None:
+        if message is None:
+            return
+        if self._display is None:
+            self._display = open_display(self._console, message.start_step, message.total_steps)
+            self._stack.enter_context(self._display)
+        if message.record is not None:
+            self._display.show(message.record)
+        for note in message.notes:
+            self._display.note(note)
+        self._display.advance(message.step)
+
+
+def _take(board: Any, stop: bool = False) -> Taken | None:
+    """What is on the board; None while it is away."""
     try:
-        return ray.get(method.remote(), timeout=10)
+        taken: Taken = ray.get(board.take.remote(stop), timeout=BOARD_TIMEOUT_S)
     except (RayActorError, GetTimeoutError) as error:
         logger.warning("the progress board does not answer, the run goes on: %s", error)
         return None
-
-
-def _show(display: Bar | PlainLines, message: Message) -> None:
-    if message.record is not None:
-        display.show(message.record)
-    for note in message.notes:
-        display.note(note)
-    display.advance(message.step)
+    return taken
 
 
 def _reason(error: BaseException) -> str:
@@ -183,32 +215,55 @@ def _reason(error: BaseException) -> str:
 def _connected(resources: Resources, address: str | None) -> Iterator[None]:
     """A connection to the cluster at `address`, or to a fresh one on this machine.
 
-    After JobFailed it goes with the process: Ray Train may still wait in its thread, and Ray that
-    is shut down under it ends the process at once, before anybody has said why (seen).
+    After JobFailed and LeaseLost it goes with the process: Ray Train may still wait in its thread,
+    and Ray that is shut down under it ends the process at once, before anybody has said why (seen).
     """
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
-    if address is None:
-        # A worker that is asked for gets its share of the machine, however small that is.
-        cores = max(os.cpu_count() or 1, resources.max_workers * resources.cpus_per_worker)
-        ray.init(address="local", num_cpus=cores, include_dashboard=True, **options)
-    else:
-        ray.init(address=address, runtime_env=_shipped_code(), **options)
-    failed = False
+    with _ray_settings(resources):
+        if address is None:
+            # A worker that is asked for gets its share of the machine, however small that is.
+            cores = max(os.cpu_count() or 1, resources.max_workers * resources.cpus_per_worker)
+            ray.init(address="local", num_cpus=cores, include_dashboard=True, **options)
+        else:
+            ray.init(address=address, runtime_env=_code(), **options)
+        failed = False
+        try:
+            yield
+        except (JobFailed, LeaseLost):
+            failed = True
+            raise
+        finally:
+            if not failed:
+                ray.shutdown()
+
+
+@contextmanager
+def _ray_settings(resources: Resources) -> Iterator[None]:
+    """Ray's own settings for the block, where the user has not set them."""
+    hang_s = 600.0 if resources.hang_minutes is None else 60 * resources.hang_minutes
+    settings = {
+        # No telemetry, no doubled lines.
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # A lost worker is noticed after a second and not after two, a notice after 2 and not 5.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{min(600.0, hang_s):.0f}",
+        # Only the wait for machines that are there already counts, not the workers' own start. With
+        # a range, Ray waits that long for a machine that is gone before it does with fewer.
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10" if resources.is_elastic else "60",
+    }
+    ours = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(ours)
     try:
         yield
-    except JobFailed:
-        failed = True
-        raise
     finally:
-        if not failed:
-            ray.shutdown()
+        for name in ours:
+            os.environ.pop(name, None)
 
 
-def _shipped_code() -> dict[str, Any]:
-    """This checkout as the workers' code, or nothing where querypatch is installed as a wheel."""
-    checkout = Path(__file__).parents[1]
-    if not (checkout / "pyproject.toml").is_file():
-        return {}
-    return {"working_dir": str(checkout), "excludes": list(NOT_SHIPPED)}
+def _code() -> dict[str, Any]:
+    """Our code for the workers; a job that was submitted has brought it with it already."""
+    return {} if SUBMITTED in os.environ else {"working_dir": str(shipped_code())}

@@ -7,7 +7,9 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, assert_never
 
 import ray.train
@@ -15,20 +17,25 @@ import ray.train.torch
 import torch
 from rich.console import Console
 
-from cluster.board import BoardDisplay
+from cluster.board import BoardDisplay, Happening, Message, Stored, Taken
 from cluster.kernels import check_kernels
 from cluster.stages import Recipe, parsed_recipe, run_stage
 from cluster.storage import RayCheckpoints
+from cluster.watchdog import Watchdog
+from cluster.witness import Witness, WitnessedDisplay
+from cluster.writing import writing
 from models.ops.deformable import set_allow_reference
 from training.checkpoint_writer import CheckpointWriter
-from training.job import Checkpoints
+from training.job import Checkpoints, nothing_wanted, unheard
+from training.lease import check_held
+from training.outcome import write_outcome
 from training.progress import Display, open_display
 from training.recipe import recipe_digest
 from training.resources import Resources
-from training.run_folder import StoreError, open_run_folder
-from training.snapshot import Position
+from training.run_folder import open_run_folder
+from training.snapshot import Position, TrainingState
 from training.stage import Host
-from training.stopping import StopFlag, stop_on_signals
+from training.storage_settings import apply_storage_options
 from training.uploads import Uploads
 from training.world import World
 
@@ -38,32 +45,80 @@ PERMANENT = (ValueError, ArithmeticError)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
+def _log_hung(text: str, step: int) -> None:
+    """The watchdog has logged it already."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """What else passes between a worker and its job."""
+
+    stored: Callable[[int], None] = unheard
+    """Told the step of each checkpoint that is in the store."""
+    hung: Callable[[str, int], None] = _log_hung
+    """Told in one line that this worker makes no progress, and its last step."""
+    checkpoint_wanted: Callable[[], bool] = nothing_wanted
+    """As in `Host`."""
+    may_write: Callable[[], None] | None = None
+    """As in `Uploads`: raises LeaseLost where the run has another writer."""
+
+
 def run_on_ray(config: Mapping[str, Any]) -> None:
-    """The function that Ray calls on every worker: `recipe` (YAML) and `board` (an actor)."""
+    """The function that Ray calls on every worker: `recipe` (YAML), `board` (an actor), `lease`."""
     recipe = parsed_recipe(config["recipe"])
+    board = config["board"]
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     _log_to_driver(world)
     torch.set_num_threads(recipe.resources.cpus_per_worker)
-    display = BoardDisplay(config["board"], time.monotonic)
-    stop = display.stop_requested if world.is_first else _never
+    display = BoardDisplay(board, time.monotonic)
+
+    def hung(text: str, step: int) -> None:
+        told = Happening("hung", f"worker {world.rank}: {text}", step, {"rank": world.rank})
+        # Waited for: this process ends next.
+        ray.wait([board.tell.remote(told)], timeout=10)
+
+    stop = display.stop_requested if world.is_first else nothing_wanted
+    links = Links(
+        stored=lambda step: board.tell_stored.remote(step),
+        hung=hung,
+        checkpoint_wanted=display.checkpoint_wanted if world.is_first else nothing_wanted,
+        may_write=_lease_check(recipe, config["lease"]),
+    )
     try:
-        run_worker(recipe, world, stop, display.begin, RayCheckpoints)
+        run_worker(recipe, world, stop, display.begin, RayCheckpoints, links)
     except PERMANENT as error:
         # Ray would start the workers again, to the same end.
-        ray.get(config["board"].fail.remote(str(error)))
+        ray.get(board.fail.remote(str(error)))
         raise
 
 
 def run_alone(recipe: Recipe, console: Console) -> Position:
-    """The whole run in this process, without Ray; signals ask it to stop."""
+    """The whole run in this process, without Ray; signals and `querypatch stop` ask it to stop.
+
+    Raises LeaseHeld: another job writes to the run; LeaseLost.
+    """
     torch.set_num_threads(recipe.resources.cpus_per_worker)
     world = World.alone(device_of(recipe.resources))
-    flag = StopFlag()
-    with stop_on_signals(flag):
-        return run_worker(
-            recipe, world, flag, lambda start, total: open_display(console, start, total), _as_it_is
+    apply_storage_options(recipe.storage)
+    with writing(recipe, open_run_folder(recipe.run), console) as work:
+        witness = Witness(work.history, recipe.resources.max_restarts)
+
+        def stop() -> bool:
+            work.check_lease()
+            return work.flag()
+
+        def see(message: Message) -> None:
+            witness.see(Taken(message, (), Stored(), None))
+
+        def display(start: int, total: int) -> WitnessedDisplay:
+            return WitnessedDisplay(open_display(console, start, total), see, start, total)
+
+        links = Links(
+            hung=lambda text, step: work.history.add("hung", text, step),
+            may_write=_lease_check(recipe, work.lease.token),
         )
+        return run_worker(recipe, world, stop, display, lambda writer, _: writer, links)
 
 
 def run_worker(
@@ -72,32 +127,76 @@ def run_worker(
     stop: Callable[[], bool],
     display: Callable[[int, int], AbstractContextManager[Display]],
     announced: Callable[[CheckpointWriter, World], Checkpoints],
+    links: Links | None = None,
 ) -> Position:
     """The stage of the recipe, on this worker; `announced` wraps the writer of checkpoints."""
+    links = links or Links()
     set_allow_reference(recipe.ops.allow_reference)
     check_kernels(recipe, world.device)
+    apply_storage_options(recipe.storage)
     folder = open_run_folder(recipe.run)
-    uploads = Uploads()
+    uploads = Uploads(may_write=links.may_write)
     writer = CheckpointWriter(folder, uploads, recipe.checkpoints, world, recipe_digest(recipe))
-    host = Host(
-        world=world,
-        folder=folder,
-        uploads=uploads,
-        checkpoints=announced(writer, world),
-        stop=stop,
-        display=display,
-    )
-    try:
-        position = run_stage(recipe, host)
-    finally:
-        uploads.close()
-    if uploads.failures_in_a_row:
-        raise StoreError(
-            f"{folder.url}: the last {uploads.failures_in_a_row} uploads failed, the newest "
-            f"checkpoint in the store is older than step {position.step}; once it can be reached, "
-            f"`querypatch resume {folder.url}`"
+    lengths: list[int] = []
+
+    def opened(start: int, total: int) -> AbstractContextManager[Display]:
+        lengths.append(total)
+        return display(start, total)
+
+    with ExitStack() as stack:
+        stack.callback(uploads.close)
+        host = Host(
+            world=world,
+            folder=folder,
+            uploads=uploads,
+            checkpoints=_Told(announced(writer, world), world, uploads, links.stored),
+            stop=stop,
+            display=opened,
+            checkpoint_wanted=links.checkpoint_wanted,
+            beat=_watched(recipe.resources, links, stack),
         )
+        position = run_stage(recipe, host)
+        writer.finish()
+    if world.is_first and (position.step >= lengths[-1] or not stop()):
+        # Nobody asked it to end: its last step is done, or its evaluations grow no more.
+        write_outcome(folder, position.step, lengths[-1])
     return position
+
+
+def _lease_check(recipe: Recipe, token: str) -> Callable[[], None]:
+    """What a worker asks before each upload."""
+    apply_storage_options(recipe.storage)
+    return partial(check_held, open_run_folder(recipe.run), token)
+
+
+def _watched(resources: Resources, links: Links, stack: ExitStack) -> Callable[[int], None]:
+    """The ear for signs of life, while the stack is open."""
+    if resources.hang_minutes is None:
+        return unheard
+    return stack.enter_context(Watchdog(60 * resources.hang_minutes, links.hung)).beat
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Checkpoints whose arrival in the store is told, by the first worker."""
+
+    checkpoints: Checkpoints
+    world: World
+    uploads: Uploads
+    stored: Callable[[int], None]
+
+    def save(self, state: TrainingState, position: Position, metrics: Mapping[str, float]) -> None:
+        self.checkpoints.save(state, position, metrics)
+        if self.world.is_first:
+            self.uploads.submit("word of a checkpoint", lambda: self._tell(position.step))
+
+    def flush(self) -> None:
+        self.checkpoints.flush()
+
+    def _tell(self, step: int) -> None:
+        # Uploads are made in order: the last one before this was the checkpoint.
+        if not self.uploads.failures_in_a_row:
+            self.stored(step)
 
 
 def device_of(resources: Resources) -> torch.device:
@@ -134,11 +233,3 @@ def _log_to_driver(world: World) -> None:
 def _is_ours_or_warns(record: logging.LogRecord) -> bool:
     # Ray Train names its loggers by their files.
     return record.levelno >= logging.WARNING or "/ray/" not in record.name
-
-
-def _never() -> bool:
-    return False
-
-
-def _as_it_is(writer: CheckpointWriter, _: World) -> Checkpoints:
-    return writer

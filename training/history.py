@@ -30,6 +30,7 @@ Kind = Literal[
     "preemption_notice",
     "worker_lost",
     "restarting",
+    "waiting",
     "resized",
     "hung",
     "bad_step",

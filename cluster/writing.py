@@ -1,0 +1,107 @@
+"""The one process that drives a start of a run: what it holds, hears and tells.
+
+Around the work, through Ray or alone, it holds the run's lease, listens for signals and for words
+in the run's folder, and writes the run's history, down to how it ended.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from cluster.stages import Recipe
+from models.urls import public_url
+from training.checkpoint import newest_checkpoint
+from training.control import StopRequest, clear_stop, stop_on_request
+from training.history import History
+from training.lease import Lease, LeaseLost, take_lease, this_process
+from training.outcome import read_outcome
+from training.run_folder import RunFolder, StoreError
+from training.stopping import StopFlag, stop_on_signals
+
+JOB = "QUERYPATCH_JOB"
+"""Environment variable with the id of the job that this process is of, if it was submitted."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A start of a run that is under way."""
+
+    history: History
+    flag: StopFlag
+    """Set once the run is asked to end, by whatever way."""
+    lease: Lease
+
+    def check_lease(self) -> None:
+        """Raises LeaseLost where the run has another writer by now."""
+        reason = self.lease.lost()
+        if reason is not None:
+            raise LeaseLost(reason)
+
+
+@contextmanager
+def writing(recipe: Recipe, folder: RunFolder, console: Console) -> Iterator[Writing]:
+    """Makes this process the run's writer for the block, and tells how the block ended.
+
+    For the main thread. Raises LeaseHeld: another job writes to the run.
+    """
+    job = os.environ.get(JOB, f"driver-{os.getpid()}")
+    flag = StopFlag()
+    with (
+        take_lease(folder, this_process(job), say=lambda text: _say(console, text)) as lease,
+        History(folder) as history,
+        stop_on_signals(flag),
+    ):
+        clear_stop(folder)
+        _tell_start(history, recipe, job)
+
+        def ask(request: StopRequest) -> None:
+            history.add("stop_asked", f"by {request.by}, through the run's folder", by=request.by)
+            _say(console, f"asked to stop by {request.by}")
+            flag.ask()
+
+        try:
+            with stop_on_request(folder, ask):
+                yield Writing(history, flag, lease)
+        except LeaseLost as error:
+            history.add("lease_lost", str(error))
+            raise
+        except Exception as error:
+            history.add("failed", _first_line(error))
+            raise
+        _tell_end(history, folder, flag)
+
+
+def _tell_start(history: History, recipe: Recipe, job: str) -> None:
+    workers = recipe.resources.workers
+    text = f"{recipe.stage}, job {job}, workers asked for: {workers}"
+    history.add("started", text, job=job, workers=workers)
+
+
+def _tell_end(history: History, folder: RunFolder, flag: StopFlag) -> None:
+    try:
+        outcome, newest = read_outcome(folder), newest_checkpoint(folder)
+    except (StoreError, ValueError) as error:
+        history.add("stopped", f"how far the run came cannot be read: {_first_line(error)}")
+        return
+    if outcome is not None:
+        how = (
+            "its last step is done" if outcome.reason == "done" else "its evaluations grew no more"
+        )
+        history.add("finished", how, outcome.step, reason=outcome.reason)
+        return
+    step = newest.step if newest else 0
+    how = "as asked" if flag() else "before its last step"
+    text = f"{how}; go on with `querypatch resume {public_url(folder.url)}`"
+    history.add("stopped", text, step, checkpoint=step)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
