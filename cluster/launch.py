@@ -105,6 +105,7 @@ def _trainer(recipe: Recipe, folder: RunFolder, board: Any, token: str) -> Torch
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(fewest, most) if resources.is_elastic else most,
+            elastic_resize_monitor_interval_s=resources.resize_every_s,
             use_gpu=use_gpu,
             resources_per_worker={
                 "CPU": resources.cpus_per_worker,

@@ -6,8 +6,8 @@ The same assembly runs without Ray (`run_alone`), in this process.
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, assert_never
@@ -143,19 +143,19 @@ def run_worker(
         lengths.append(total)
         return display(start, total)
 
-    with ExitStack() as stack:
-        stack.callback(uploads.close)
-        host = Host(
-            world=world,
-            folder=folder,
-            uploads=uploads,
-            checkpoints=_Told(announced(writer, world), world, uploads, links.stored),
-            stop=stop,
-            display=opened,
-            checkpoint_wanted=links.checkpoint_wanted,
-            beat=_watched(recipe.resources, links, stack),
-        )
-        position = run_stage(recipe, host)
+    with closing(uploads):
+        with _watched(recipe.resources, links) as beat:
+            host = Host(
+                world=world,
+                folder=folder,
+                uploads=uploads,
+                checkpoints=_Told(announced(writer, world), world, uploads, links.stored),
+                stop=stop,
+                display=opened,
+                checkpoint_wanted=links.checkpoint_wanted,
+                beat=beat,
+            )
+            position = run_stage(recipe, host)
         writer.finish()
     if world.is_first and (position.step >= lengths[-1] or not stop()):
         # Nobody asked it to end: its last step is done, or its evaluations grow no more.
@@ -169,11 +169,14 @@ def _lease_check(recipe: Recipe, token: str) -> Callable[[], None]:
     return partial(check_held, open_run_folder(recipe.run), token)
 
 
-def _watched(resources: Resources, links: Links, stack: ExitStack) -> Callable[[int], None]:
-    """The ear for signs of life, while the stack is open."""
+@contextmanager
+def _watched(resources: Resources, links: Links) -> Iterator[Callable[[int], None]]:
+    """Gives the ear for the signs of life that the block must give."""
     if resources.hang_minutes is None:
-        return unheard
-    return stack.enter_context(Watchdog(60 * resources.hang_minutes, links.hung)).beat
+        yield unheard
+        return
+    with Watchdog(60 * resources.hang_minutes, links.hung) as dog:
+        yield dog.beat
 
 
 @dataclass(frozen=True)

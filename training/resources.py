@@ -45,7 +45,11 @@ class Resources(Settings):
     passes, whose update is the same. Null computes its whole part at once.
     """
     max_restarts: int = Field(default=3, ge=0)
-    """Times that lost workers start again, from the newest checkpoint, before the job fails."""
+    """Times in a row that lost workers start again without getting to a new checkpoint, before the
+    job fails; machines that had announced their end do not count.
+    """
+    resize_every_s: float = Field(default=60.0, gt=0)
+    """Seconds between two looks for more machines, where workers is a range."""
     hang_minutes: float | None = Field(default=15.0, gt=0)
     """Minutes without any progress after which a worker is taken for hung and ends, so that the
     group starts again; null waits for ever.
