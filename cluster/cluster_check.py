@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from ray.job_submission import JobSubmissionClient
 
-from cluster.jobs import Order, submit, succeeded, wait_for_end
+from cluster.jobs import Order, submit, wait_for_end
 from cluster.jobs_api import JobsError, in_one_line
 
 WITHIN_S = 300
@@ -70,9 +70,6 @@ def _doctor(
             f"{url} could not run `querypatch doctor` ({_last_line(log) or job.message}); its "
             f"image needs querypatch's dependencies, or --install (docs/cluster.md); job {id}"
         )
-    if succeeded(job):
-        with in_one_line(url):
-            client.delete_job(id)
     return found
 
 

@@ -28,6 +28,11 @@ from models.urls import public_url
 from training.run_folder import open_run_folder
 from training.run_recipe import absolute
 
+_CHATTY = (
+    *("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"),
+    "ray._private.runtime_env.packaging",
+)
+
 
 @dataclass(frozen=True)
 class Submission:
@@ -53,7 +58,7 @@ def submit_order(order: Order, how: Submission, console: Console) -> bool:
     Returns whether the job went well, which only a followed one can fail to. Raises JobsError:
     the cluster does not fit or did not take it, or a job is writing this run already.
     """
-    logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
+    _quieten()
     client = connect(how.address, how.insecure)
     if order.run is not None:
         _check_nobody_writes(client, order.run)
@@ -86,6 +91,7 @@ def jobs_text(address: str, insecure: bool, as_json: bool) -> str:
 
 def show_logs(name: str, address: str, insecure: bool, until_end: bool, console: Console) -> bool:
     """Prints a job's log; followed to its end, returns whether it went well."""
+    _quieten()
     client = connect(address, insecure)
     id = str(named_job(client, name).submission_id)
     if until_end:
@@ -124,6 +130,12 @@ def named_job(client: JobSubmissionClient, name: str) -> JobDetails:
 def is_run(name: str) -> bool:
     """Whether a word names a folder rather than a job: ids of jobs have no slash."""
     return "/" in name or bool(open_run_folder(name).names(""))
+
+
+def _quieten() -> None:
+    """Ray's client logs what its caller says better."""
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def _check_nobody_writes(client: JobSubmissionClient, run: str) -> None:

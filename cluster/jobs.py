@@ -18,13 +18,11 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.jobs_api import JobsError, in_one_line
 from cluster.packaging import shipped_code
+from cluster.writing import JOB
 from models.artefact import querypatch_version
 
 STOP_WAIT_S = 30
 """Seconds that `ray job stop` leaves a job to write its checkpoint, before it is killed."""
-
-JOB = "QUERYPATCH_JOB"
-"""Variable that tells a job its own id."""
 
 RUN = "run"
 """Key of a job's metadata: the URL of its run."""
@@ -63,21 +61,19 @@ def submit(
     name = job_name(order.name)
     folder = str(shipped_code(order.files))
     entrypoint = shlex.join(["exec", "python", "-m", "querypatch", *order.words])
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **environment}
+    runtime_env: dict[str, Any] = {"working_dir": folder, **({"pip": list(pins)} if pins else {})}
     metadata = {"querypatch": querypatch_version(), **({RUN: order.run} if order.run else {})}
     with in_one_line(url):
         taken = {str(job.submission_id) for job in client.list_jobs()}
         for attempt in count(_next_attempt(name, taken)):
             id = f"{name}-{attempt}"
-            variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **environment, JOB: id}
-            runtime_env: dict[str, Any] = {"working_dir": folder, "env_vars": variables}
-            if pins:
-                runtime_env["pip"] = list(pins)
             try:
                 return str(
                     client.submit_job(
                         entrypoint=entrypoint,
                         submission_id=id,
-                        runtime_env=runtime_env,
+                        runtime_env={**runtime_env, "env_vars": {**variables, JOB: id}},
                         metadata=metadata,
                     )
                 )

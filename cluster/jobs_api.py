@@ -55,7 +55,12 @@ def connect(address: str, insecure: bool = False) -> JobSubmissionClient:
             "cluster with RAY_AUTH_MODE=token, or say --insecure if its network is closed"
         )
     with in_one_line(url), _without_overriding():
-        return JobSubmissionClient(url, headers=headers)
+        try:
+            return JobSubmissionClient(url, headers=headers)
+        except RuntimeError as error:
+            if "returned 404" in str(error):
+                raise JobsError(_no_ray(url, 404)) from error
+            raise
 
 
 @contextmanager
@@ -112,11 +117,15 @@ def _asks_for_token(url: str) -> bool:
     if answer.status_code in (401, 403):
         return True
     if answer.status_code != 200 or "ray_version" not in answer.text:
-        raise JobsError(
-            f"{url} answers, but not as Ray's Jobs API does (status {answer.status_code} for "
-            "/api/version); give the address of the head's dashboard, http://HEAD:8265, no more"
-        )
+        raise JobsError(_no_ray(url, answer.status_code))
     return False
+
+
+def _no_ray(url: str, status: int) -> str:
+    return (
+        f"{url} answers, but not as Ray's Jobs API does (status {status} for /api/version); give "
+        "the address of the head's dashboard, e.g. http://HEAD:8265"
+    )
 
 
 def _no_answer(url: str) -> str:

@@ -18,6 +18,8 @@ from training.run_recipe import absolute
 from training.strict_yaml import dump_yaml
 
 RECIPE = "recipe.yaml"
+ON_ITS_CLUSTER = ("--address", "auto")
+"""Words for a job's command: on the cluster that runs it."""
 
 _SECRET = re.compile(r"SECRET|TOKEN|PASSW|PASSPHRASE|CREDENTIAL|SIGNATURE|(^|_)(KEY|AUTH)(_|$)")
 
@@ -39,7 +41,7 @@ def start_order(
     shipped = {"stage": stage, **override({}, said(values, recipe))}
     check_nothing_secret(shipped)
     return Order(
-        words=(stage, f"{EXTRAS}/{RECIPE}", "--continue"),
+        words=(stage, f"{EXTRAS}/{RECIPE}", "--continue", *ON_ITS_CLUSTER),
         name=job or recipe.run,
         run=public_url(recipe.run),
         files={RECIPE: dump_yaml(shipped).encode()},
@@ -51,7 +53,9 @@ def resume_order(run: str, overrides: Sequence[str], job: str | None = None) -> 
     url = absolute(run)
     assert url is not None
     check_nothing_secret({"run": url, "overrides": list(overrides)})
-    return Order(words=("resume", url, *overrides), name=job or url, run=public_url(url))
+    return Order(
+        words=("resume", url, *overrides, *ON_ITS_CLUSTER), name=job or url, run=public_url(url)
+    )
 
 
 def environment(names: Iterable[str]) -> dict[str, str]:
