@@ -2,8 +2,9 @@
 
 Each piece is a file of its own, published by rename, so a reader sees a whole piece or none; a
 checksum at its end tells a damaged one, which is then read again from the storage. The least
-recently used pieces go first. Trimming lists the folder, so it is done only after every 1/32 of the
-limit that a process wrote: P processes may exceed the limit by P/32 of it for a while.
+recently used pieces go first, and those that nobody used for long go anyway. Trimming lists the
+folder, so it is done only after every 1/32 of the limit that a process wrote: P processes may
+exceed the limit by P/32 of it for a while.
 """
 
 import os
@@ -23,11 +24,15 @@ _CHECKSUM_BYTES = 4
 class ByteCache:
     """Pieces of bytes by key (fit to be a file name); threads and processes may share it."""
 
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
-        """Makes the folder; OSError where that cannot be."""
+    def __init__(self, folder: Path, limit_bytes: int, max_age_s: float | None = None) -> None:
+        """Makes the folder; OSError where that cannot be.
+
+        What was not used for `max_age_s` goes at the next trimming.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._limit_bytes = limit_bytes
+        self._max_age_s = max_age_s
         # The first piece trims what earlier runs left.
         self._untrimmed_bytes = limit_bytes
         self._lock = Lock()
@@ -70,23 +75,26 @@ class ByteCache:
             if self._untrimmed_bytes * _TRIM_SHARE <= self._limit_bytes:
                 return
             self._untrimmed_bytes = 0
-            _trim(self._folder, self._limit_bytes)
+            _trim(self._folder, self._limit_bytes, self._max_age_s)
 
 
-def _trim(folder: Path, limit_bytes: int) -> None:
-    """Removes the pieces that were used least recently until the limit is kept with some room."""
+def _trim(folder: Path, limit_bytes: int, max_age_s: float | None) -> None:
+    """Removes the pieces that were used least recently until the limit is kept with some room.
+
+    And those of before `max_age_s`. Other processes may do the same meanwhile.
+    """
     pieces = []
     for group in os.scandir(folder):
         if group.is_dir():
             pieces += _pieces(Path(group.path))
     total = sum(size for _, size, _ in pieces)
-    if total <= limit_bytes:
-        return
-    for _, size, path in sorted(pieces):
+    oldest_ns = 0 if max_age_s is None else time.time_ns() - int(max_age_s * 1e9)
+    goal = total if total <= limit_bytes else limit_bytes * _TRIM_TO
+    for used_ns, size, path in sorted(pieces):
+        if total <= goal and used_ns >= oldest_ns:
+            return
         path.unlink(missing_ok=True)
         total -= size
-        if total <= limit_bytes * _TRIM_TO:
-            return
 
 
 def _pieces(group: Path) -> list[tuple[int, int, Path]]:

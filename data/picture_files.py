@@ -23,11 +23,11 @@ from torch import Tensor
 from data.index import Shard, ShardIndex
 from data.ranges import SampleRange, sample_ranges
 from data.reading import (
-    PERMANENT_ERRNO,
     RangeReader,
     ReadCounters,
     ReadingSettings,
     StorageReader,
+    is_permanent,
     one_line,
 )
 from data.samples import PICTURE_EXTENSIONS, SEGMENTS_PART, Sample
@@ -210,7 +210,7 @@ def _refusal(name: str) -> Callable[[Exception], None]:
                 raise _NoFileError(f"no such file: {name}") from error
             case PermissionError():
                 raise _NoFileError(f"no permission for {name} ({one_line(error)})") from error
-            case OSError() if error.errno in PERMANENT_ERRNO:
+            case OSError() if is_permanent(error):
                 raise _NoFileError(f"{name}: {one_line(error)}") from error
 
     return refuse

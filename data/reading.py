@@ -29,6 +29,7 @@ from data.ranges import SampleRange
 from data.samples import Sample, parse_samples
 from data.storage import StorageOptions, StorageUnreachable, open_folder
 from models.settings import Settings
+from models.urls import is_refusal
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ PERMANENT_ERRNO = frozenset(
     {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
 )
 """Errors of a filesystem that trying again cannot cure."""
+
+
+_LONG_DELAY_S = 3.0
+"""Seconds of a delay from which on it is told."""
 
 
 class ShardReadError(ValueError):
@@ -56,6 +61,9 @@ class CacheSettings(Settings):
     """Local folder of the cache; all processes of a machine may share it."""
     limit_gb: float = Field(default=50.0, gt=0)
     """Size limit in GB (10^9 bytes); the least recently used pieces are removed."""
+    max_age_days: float | None = Field(default=14.0, gt=0)
+    """Days after which pieces that nobody used are removed, so that a node's disk does not keep the
+    data of jobs long past; null keeps them."""
 
 
 class ReadingSettings(Settings):
@@ -65,8 +73,9 @@ class ReadingSettings(Settings):
     """Ranged reads that each loader process has under way at once."""
     max_range_mb: int = Field(default=16, ge=1)
     """Longest ranged read in MB (10^6 bytes); a longer single sample is still read."""
-    attempts: int = Field(default=11, ge=1)
-    """Times that a read is tried before it fails; 11 with the delays below last about 65 s."""
+    attempts: int = Field(default=45, ge=1)
+    """Times that a read is tried before it fails; 45 with the delays below last about ten minutes,
+    in which a run waits for its store."""
     first_delay_s: float = Field(default=0.2, ge=0)
     """Seconds before the second attempt; doubled each time, shortened at random by up to a half."""
     longest_delay_s: float = Field(default=20.0, ge=0)
@@ -115,7 +124,13 @@ class StorageReader:
         # Only spreads the attempts of many processes over time; no data depends on it.
         self._jitter = random.Random(f"{os.getpid()} {url}")
         self._counters = ReadCounters()
+        self._has_read = False
         self._lock = Lock()
+
+    @property
+    def had_access(self) -> bool:
+        """Whether a read succeeded before, so that a refusal may be of credentials that change."""
+        return self._has_read
 
     @property
     def has_cache(self) -> bool:
@@ -142,10 +157,19 @@ class StorageReader:
                         f"{one_line(error)}; check the storage and the network, then resume"
                     ) from error
                 self._count(ReadCounters(retries=1))
+                if delay_s >= _LONG_DELAY_S:
+                    _LOG.warning(
+                        "%s/%s: failed %d times, last with %s; trying again",
+                        self.folder.url,
+                        name,
+                        attempt,
+                        one_line(error),
+                    )
                 self._sleep(delay_s * self._jitter.uniform(0.5, 1.0))
                 delay_s = min(2 * delay_s, settings.longest_delay_s)
             else:
                 self._count(ReadCounters(bytes_read=len(data), reads=1))
+                self._has_read = True
                 return data
         raise AssertionError("attempts is at least 1")
 
@@ -259,13 +283,13 @@ class RangeReader:
         match error:
             case FileNotFoundError():
                 raise self._error(shard, "no such shard", self._check()) from error
-            case PermissionError():
+            case PermissionError() if not self._storage.had_access:
                 raise self._error(
                     shard, f"no permission ({one_line(error)})", "check the credentials"
                 ) from error
             case _ShortReadError():
                 self._refuse_other_size(shard)
-            case OSError() if error.errno in PERMANENT_ERRNO:
+            case OSError() if is_permanent(error):
                 self._refuse_other_size(shard)
                 raise self._error(shard, one_line(error), self._check()) from error
 
@@ -285,6 +309,13 @@ class RangeReader:
 
     def _error(self, shard: Shard, reason: str, way_out: str) -> ShardReadError:
         return ShardReadError(f"{self._folder.url}/{shard.name}: {reason}; {way_out}")
+
+
+def is_permanent(error: OSError) -> bool:
+    """Whether trying again cannot cure it, neither on a disk nor in a store that said no."""
+    if isinstance(error, PermissionError):
+        return False
+    return error.errno in PERMANENT_ERRNO or is_refusal(error)
 
 
 def one_line(error: Exception) -> str:
@@ -317,7 +348,9 @@ def transient_errors(url: str) -> tuple[type[Exception], ...]:
 def _cache_of(settings: ReadingSettings) -> ByteCache | None:
     if settings.cache is None:
         return None
-    return ByteCache(Path(settings.cache.folder), int(settings.cache.limit_gb * 10**9))
+    cache = settings.cache
+    max_age_s = None if cache.max_age_days is None else cache.max_age_days * 86400
+    return ByteCache(Path(cache.folder), int(cache.limit_gb * 10**9), max_age_s)
 
 
 def _cache_key(text: str) -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from models.urls import has_login, public_url
+
 StorageOptions = Mapping[str, object]
 
 
@@ -54,13 +56,19 @@ class Folder:
 def open_folder(url: str, storage_options: StorageOptions | None = None) -> Folder:
     """The folder of a local path or any fsspec URL; it need not exist yet.
 
-    Raises StorageError where the protocol is unknown or its package is not installed.
+    Raises StorageError where the protocol is unknown or its package is not installed, or a password
+    stands in the URL, which gets into messages and files.
     """
+    if has_login(url):
+        raise StorageError(
+            f"{public_url(url)} was given with a password in it: leave it out and give it by the "
+            "environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_SFTP_PASSWORD"
+        )
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **dict(storage_options or {}))
     except (ImportError, ValueError) as error:
         raise StorageError(
-            f"cannot open {url}: {error} (s3:// needs `pip install 'querypatch[s3]'`, "
+            f"cannot open {public_url(url)}: {error} (s3:// needs `pip install 'querypatch[s3]'`, "
             "gs:// needs `pip install 'querypatch[gcs]'`)"
         ) from error
     return Folder(url.rstrip("/") or "/", filesystem, path.rstrip("/"))

@@ -24,6 +24,7 @@ from data.set_annotations import set_annotations
 from data.source_items import SourceError
 from data.storage import StorageOptions, open_folder, put_bytes
 from models.settings import Settings
+from models.urls import public_url
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def write_manifest(
     manifest = {
         "format": _FORMAT,
         "version": _VERSION,
-        "set": data.url,
+        "set": public_url(data.url),
         "digest": index_digest(data.index),
         "settings": settings.model_dump(),
         "ids": list(ids),

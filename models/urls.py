@@ -29,7 +29,12 @@ def public_url(url: str) -> str:
 
 def holds_credentials(url: str) -> bool:
     """Whether whoever reads this URL, chained or not, can use its writer's rights."""
-    return any(map(_lets_in, url.split("::")))
+    return has_login(url) or any(map(_is_signed, url.split("::")))
+
+
+def has_login(url: str) -> bool:
+    """Whether a password or a token stands before the host of this URL, chained or not."""
+    return any(map(_has_login, url.split("::")))
 
 
 def http_status(error: BaseException | None) -> int | None:
@@ -65,14 +70,15 @@ def _public(url: str) -> str:
     return urlunsplit(urlsplit(f"{protocol}://{host}")._replace(query=""))
 
 
-def _lets_in(url: str) -> bool:
+def _has_login(url: str) -> bool:
     protocol, there, rest = url.partition("://")
-    if not there:
-        return False
-    login, host = _login(rest)
-    is_login = ":" in login or (bool(login) and protocol not in LOGINS)
-    names = (name.lower() for name, _ in parse_qsl(urlsplit(f"{protocol}://{host}").query))
-    return is_login or any(name.endswith(SIGNING) for name in names)
+    login, _ = _login(rest) if there else ("", "")
+    return ":" in login or (bool(login) and protocol not in LOGINS)
+
+
+def _is_signed(url: str) -> bool:
+    names = (name.lower() for name, _ in parse_qsl(urlsplit(url).query)) if "://" in url else ()
+    return any(name.endswith(SIGNING) for name in names)
 
 
 def _login(rest: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from models.urls import http_status, is_refusal
+from models.urls import holds_credentials, http_status, is_refusal, public_url
 from training.stored_content import Content, content_of, is_read_back, is_told, part_bytes
 from training.unfinished import abort_uploads, clear_unfinished
 
@@ -270,11 +270,17 @@ def open_run_folder(
     protocol.
 
     Raises:
-        ValueError: an empty URL, an unknown protocol, or one whose package is not installed.
+        ValueError: an empty URL, one with a password, an unknown protocol, or one whose package is
+            not installed.
     """
     if not url:
         raise ValueError(
             "run= is empty; give a folder or a URL, e.g. run=runs/a or run=s3://bucket/runs/a"
+        )
+    if holds_credentials(url):
+        raise ValueError(
+            f"run={public_url(url)} was given with a password or a signature in it: leave it out "
+            "and give it by the environment, e.g. AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     absolute = url.rstrip("/") if "://" in url else str(Path(url).expanduser().absolute())
     try:

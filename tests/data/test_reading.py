@@ -149,6 +149,64 @@ def test_what_cannot_pass_fails_at_once(tmp_path: Path, faulty: type[FaultyFileS
     assert delays == []
 
 
+def test_credentials_that_change_in_the_middle_are_waited_for(
+    tmp_path: Path, faulty: type[FaultyFileSystem]
+) -> None:
+    shard = write_shards(tmp_path, (2,)).shards[0]
+    delays: list[float] = []
+    reader = faulty_reader(tmp_path, delays)
+    faulty.faults = [bytes, forbidden, forbidden]
+    first = reader.read(shard, 0, 512)
+    assert reader.read(shard, 0, 512) == first
+    assert len(delays) == 2
+
+
+@pytest.mark.parametrize(("status", "tries"), [(400, 1), (411, 1), (429, 2), (503, 2)])
+def test_a_store_that_says_no_is_asked_once_and_a_busy_one_again(
+    tmp_path: Path, faulty: type[FaultyFileSystem], status: int, tries: int
+) -> None:
+    def answer(data: bytes) -> bytes:
+        error = OSError(5, "answer")
+        vars(error)["status"] = status
+        raise error
+
+    shard = write_shards(tmp_path, (2,)).shards[0]
+    reader = faulty_reader(tmp_path, [])
+    faulty.faults = [answer]
+    if tries == 1:
+        with pytest.raises(ShardReadError, match="answer; run `querypatch shards check"):
+            reader.read(shard, 0, 512)
+    else:
+        assert len(reader.read(shard, 0, 512)) == 512
+    assert len(faulty.reads) == tries
+
+
+def test_a_long_wait_for_the_store_is_told(
+    tmp_path: Path, faulty: type[FaultyFileSystem], caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = write_shards(tmp_path, (2,)).shards[0]
+    delays: list[float] = []
+    settings = ReadingSettings(first_delay_s=1)
+    reader = RangeReader(f"faulty://{tmp_path}", NO_OPTIONS, settings, delays.append)
+    faulty.faults = [timed_out] * 4
+    reader.read(shard, 0, 512)
+    (third, fourth) = caplog.messages
+    assert f"{shard.name}: failed 3 times, last with TimeoutError: no answer; trying again" in third
+    assert "failed 4 times" in fourth
+
+
+def test_a_run_waits_for_its_store_for_about_ten_minutes(
+    tmp_path: Path, faulty: type[FaultyFileSystem]
+) -> None:
+    shard = write_shards(tmp_path, (2,)).shards[0]
+    delays: list[float] = []
+    reader = RangeReader(f"faulty://{tmp_path}", NO_OPTIONS, ReadingSettings(), delays.append)
+    faulty.faults = [timed_out] * 100
+    with pytest.raises(StorageUnreachable):
+        reader.read(shard, 0, 512)
+    assert 480 < sum(delays) < 720
+
+
 def test_a_shard_shorter_than_its_index_fails_at_once_with_both_sizes(
     tmp_path: Path, faulty: type[FaultyFileSystem]
 ) -> None:
