@@ -6,6 +6,7 @@ and some ignore the condition of a conditional write, on which the lease of a ru
 """
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -32,20 +33,25 @@ def store_checks(url: str) -> Iterator[Check]:
     Raises ValueError for a URL that cannot be opened, NoAnswerError where nobody answers.
     """
     folder = open_run_folder(url, patience=QUICK)
-    was_there = not folder.is_local or Path(folder.root).exists()
     yield within(ANSWER_S, public_url(folder.url), lambda: _empty(folder))
-    try:
-        yield from _rights(folder)
-    finally:
-        if not was_there:
-            # Only what is empty goes.
-            with suppress(OSError):
-                Path(folder.root).rmdir()
+    yield from _rights(folder)
 
 
 def probe_name() -> str:
     """A name for what is tried out in a run's folder, taken by nobody."""
     return f".preflight-{uuid4().hex[:8]}"
+
+
+def remove_probe(folder: RunFolder, name: str) -> None:
+    """Takes away all that was tried out under a name of `probe_name`."""
+    path = folder.path(name)
+    if folder.is_local:
+        shutil.rmtree(path, ignore_errors=True)
+        # A folder that the run will make takes itself away again.
+        with suppress(OSError):
+            Path(folder.root).rmdir()
+    elif folder.filesystem.exists(path):
+        folder.filesystem.rm(path, recursive=True)
 
 
 def _empty(folder: RunFolder) -> Check:
@@ -62,29 +68,33 @@ def _empty(folder: RunFolder) -> Check:
 
 def _rights(folder: RunFolder) -> Iterator[Check]:
     """One check where all is allowed, else one for each word that is not."""
-    place = probe_name()
-    data = os.urandom(_PROBE_BYTES)
-    began = time.monotonic()
-    words: dict[str, Callable[[], str | None]] = {
-        "write": lambda: folder.write(f"{place}/probe", data),
-        "read": lambda: _read_back(folder, f"{place}/probe", data),
-        "list": lambda: _listed(folder, place),
-        "delete": lambda: _deleted(folder, f"{place}/probe"),
-    }
-    faults = list[Check]()
-    for word, act in words.items():
-        problem = _problem(folder, act)
-        if problem is not None:
-            faults.append(Check(f"{NAME}: {word}", "fault", problem))
-        if word == "write" and faults:
-            break
-    folder.delete_folder(place)
-    yield from faults
-    if not faults:
-        seconds = time.monotonic() - began
-        said = f"write, read, list and delete are allowed ({seconds:.1f} s for all)"
-        yield Check(f"{NAME}: rights", "well", said, {"round_trip_s": seconds})
-        yield _conditional(folder, place)
+    place, began = probe_name(), time.monotonic()
+    try:
+        faults = [
+            Check(f"{NAME}: {word}", "fault", problem)
+            for word, problem in _tried_words(folder, place)
+            if problem is not None
+        ]
+        yield from faults
+        if not faults:
+            seconds = time.monotonic() - began
+            said = f"write, read, list and delete are allowed ({seconds:.1f} s for all)"
+            yield Check(f"{NAME}: rights", "well", said, {"seconds": seconds})
+            yield _conditional(folder, place)
+    finally:
+        with suppress(*KNOWN):
+            within(ANSWER_S, public_url(folder.url), lambda: remove_probe(folder, place))
+
+
+def _tried_words(folder: RunFolder, place: str) -> Iterator[tuple[str, str | None]]:
+    """What is wrong with each word; where writing is refused the others have nothing to try."""
+    data, name = os.urandom(_PROBE_BYTES), f"{place}/probe"
+    wrong = _problem(folder, lambda: folder.write(name, data))
+    yield "write", wrong
+    if wrong is None:
+        yield "read", _problem(folder, lambda: _read_back(folder, name, data))
+        yield "list", _problem(folder, lambda: _listed(folder, place))
+        yield "delete", _problem(folder, lambda: _deleted(folder, name))
 
 
 def _problem(folder: RunFolder, act: Callable[[], str | None]) -> str | None:
@@ -135,7 +145,6 @@ def _conditional(folder: RunFolder, place: str) -> Check:
     else:
         reason = "the second of two writes that must not overwrite was taken"
     folder.delete(f"{place}/once")
-    folder.delete_folder(place)
     if kept:
         return Check(name, "well", "conditional writes hold: two jobs cannot both take this run")
     return Check(
