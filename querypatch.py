@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cluster.job_cli import jobs_cli
 from cluster.node_cli import node_app
+from cluster.preflight_cli import preflight
 from cluster.render_cli import render_app
 from cluster.shard_cli import shards_app
 from cluster.show_cli import show_app
@@ -53,6 +54,7 @@ recipe_app = typer.Typer(help="All the settings of a run, as YAML.", no_args_is_
 data_app = typer.Typer(help="Labelled sets: COCO, VOC, YOLO, shards.", no_args_is_help=True)
 weights_app = typer.Typer(help="Files of weights, ours and others'.", no_args_is_help=True)
 app.add_typer(jobs_cli)
+app.command()(preflight)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
