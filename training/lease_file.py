@@ -69,13 +69,13 @@ def lease_place(generation: int) -> str:
 def is_superseded(seen: SeenLease, token: str) -> bool:
     """Whether the newest lease is another's than that of `token` (number-nonce).
 
-    A lower number is what remains where somebody deleted the token's file.
+    A lower number is what remains where somebody deleted the token's file; the token's number with
+    a content that nobody can read is its own renewal, torn on its way.
     """
     generation = int(token.partition("-")[0])
-    if seen.generation < generation:
-        return False
-    nonce = seen.record.nonce if seen.record else ""
-    return f"{seen.generation}-{nonce}" != token
+    if seen.generation != generation:
+        return seen.generation > generation
+    return seen.record is not None and f"{generation}-{seen.record.nonce}" != token
 
 
 def renewed_record(record: LeaseRecord, now: datetime) -> LeaseRecord:

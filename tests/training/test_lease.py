@@ -255,3 +255,16 @@ def test_of_four_that_start_at_once_one_gets_the_run(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(told) == ["held", "held", "held", "taken"]
+
+
+def test_a_renewal_that_was_torn_on_its_way_is_still_the_holders_and_the_next_one_mends_it(
+    folder: RunFolder,
+) -> None:
+    lease = take(folder, ME)
+    folder.write("lease/000001.json", b'{"job": "a", "ho')
+    check_held(folder, lease.token)
+    lease.renew()
+    assert lease.lost() is None
+    seen = newest_lease(folder)
+    assert seen is not None
+    assert seen.record is not None
