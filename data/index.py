@@ -8,6 +8,8 @@ depends on (with the seed). It is one JSON file, `index.json`, beside the shards
 
 import hashlib
 import json
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +24,10 @@ INDEX_NAME = "index.json"
 _FORMAT = "querypatch shards"
 _VERSION = 1
 _BLOCK = 512
+_PAUSES_S = (0.2, 0.5, 1.0, 2.0)
+"""Seconds between attempts to read the index."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class ShardIndexError(ValueError):
@@ -74,7 +80,7 @@ def read_index(url: str, storage_options: StorageOptions | None = None) -> Shard
     """
     folder = open_folder(url, storage_options)
     try:
-        text = folder.filesystem.cat_file(folder.at(INDEX_NAME))
+        text = _read_patiently(folder)
     except FileNotFoundError as error:
         raise ShardIndexError(
             f"{folder.url} has no {INDEX_NAME}: run `querypatch shards index {folder.url}` if "
@@ -142,6 +148,19 @@ def sorted_shards(shards: Sequence[Shard]) -> tuple[Shard, ...]:
         if one.name == other.name:
             raise ShardIndexError(f"shard {one.name} is there twice; index the folder again")
     return ordered
+
+
+def _read_patiently(folder: Folder) -> bytes:
+    """The index file; a store that stumbles is asked again, since every start begins with this."""
+    for pause_s in _PAUSES_S:
+        try:
+            return bytes(folder.filesystem.cat_file(folder.at(INDEX_NAME)))
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError as error:
+            _LOG.warning("read %s/%s: %s", folder.url, INDEX_NAME, " ".join(str(error).split()))
+            time.sleep(pause_s)
+    return bytes(folder.filesystem.cat_file(folder.at(INDEX_NAME)))
 
 
 def _parsed(text: bytes, folder: Folder) -> ShardIndex:

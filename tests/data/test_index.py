@@ -133,8 +133,27 @@ def test_an_index_that_cannot_be_had_tells_whether_a_later_start_may_help(
         raise fault
 
     monkeypatch.setattr(LocalFileSystem, "cat_file", fail)
+    monkeypatch.setattr("data.index._PAUSES_S", (0.0, 0.0))
     with pytest.raises(kind, match=complaint):
         read_index("/shards")
+
+
+def test_an_index_is_asked_for_again_where_the_store_stumbles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_index(ShardIndex(str(tmp_path), (_shard("a.tar", [512, 2048, 10240]),)))
+    faults: list[OSError] = [TimeoutError("no answer"), ConnectionResetError("reset")]
+    cat_file = LocalFileSystem.cat_file
+
+    def stumble(filesystem: LocalFileSystem, path: str) -> bytes:
+        if faults:
+            raise faults.pop()
+        data: bytes = cat_file(filesystem, path)
+        return data
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", stumble)
+    monkeypatch.setattr("data.index._PAUSES_S", (0.0, 0.0))
+    assert read_index(str(tmp_path)).num_samples == 2
 
 
 def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
