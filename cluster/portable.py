@@ -1,12 +1,12 @@
-"""A recipe for machines elsewhere: what it says as one file, without paths of this machine, and
-without anything secret in it, since a manifest is shown, stored and committed.
+"""A recipe for machines elsewhere: what it says as one file, without paths of this machine.
+
+It holds no secret either, since no recipe may: a manifest is shown, stored and committed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.stages import Recipe, StageName, found_recipe, parsed_recipe
-from models.urls import holds_credentials, public_url
 from training.recipe import RecipeError, override, parse_recipe
 from training.strict_yaml import dump_yaml
 
@@ -35,8 +35,8 @@ def portable_recipe(
 ) -> PortableRecipe:
     """The recipe that `recipe show` would show, for machines that see URLs and `folders`.
 
-    Raises RecipeError: as `parsed_recipe`; a path outside `folders`; credentials in a URL; or
-    resources.device=auto, which a cluster that is still to be made cannot answer.
+    Raises RecipeError: as `parsed_recipe`, credentials in a URL among it; a path outside `folders`;
+    or resources.device=auto, which a cluster that is still to be made cannot answer.
     """
     stage, source = found_recipe(name)
     values = {"stage": stage, **override(parse_recipe(source), overrides)}
@@ -48,12 +48,7 @@ def portable_recipe(
 
 def _mistakes(recipe: Recipe, folders: Sequence[str]) -> Iterator[str]:
     for key, value in _texts(recipe.model_dump(mode="json")):
-        if holds_credentials(value):
-            yield (
-                f"{key}={public_url(value)} holds credentials, which everybody who sees the "
-                "manifest could read; name a secret with them instead (--with secret=NAME)"
-            )
-        elif value.startswith("/") and not value.startswith(tuple(f"{each}/" for each in folders)):
+        if value.startswith("/") and not value.startswith(tuple(f"{each}/" for each in folders)):
             yield (
                 f"{key}={value} is a path of this machine, which the cluster does not see; give a "
                 f"URL{''.join(f', or a path under {each}' for each in folders)}"

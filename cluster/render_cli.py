@@ -1,5 +1,6 @@
 """`querypatch render`: a recipe as manifests for the machines that will run it."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,7 +37,9 @@ def render_for_k8s(
 
         settings = load_recipe(K8sSettings, {}, machines or [])
         folders = [SCRATCH, *([VOLUME] if settings.volume_claim else [])]
-        _write(render_k8s(portable_recipe(recipe, overrides or [], folders), settings, kind), out)
+        text = render_k8s(portable_recipe(recipe, overrides or [], folders), settings, kind)
+        command = ["k8s", recipe, *(overrides or []), "--kind", kind]
+        _write(_header(command, machines) + text, out)
 
 
 @render_app.command("ray-up")
@@ -55,7 +58,9 @@ def render_for_ray_up(
         from training.recipe import load_recipe
 
         settings = load_recipe(RayUpSettings, {}, machines or [])
-        _write(render_ray_up(portable_recipe(recipe, overrides or []), provider, settings), out)
+        text = render_ray_up(portable_recipe(recipe, overrides or []), provider, settings)
+        command = ["ray-up", provider, recipe, *(overrides or [])]
+        _write(_header(command, machines) + text, out)
 
 
 @render_app.command("keys")
@@ -66,6 +71,12 @@ def render_keys(
     from cluster.render_settings import K8sSettings, RayUpSettings, keys_text
 
     typer.echo(keys_text(K8sSettings if target == "k8s" else RayUpSettings))
+
+
+def _header(command: list[str], machines: list[str] | None) -> str:
+    """The command that makes the file again."""
+    told = [word for each in machines or [] for word in ("--with", each)]
+    return f"# {shlex.join(['querypatch', 'render', *command, *told])}\n"
 
 
 def _write(text: str, out: Path | None) -> None:

@@ -22,7 +22,6 @@ from cluster.render_pods import (
     worker_pod,
 )
 from cluster.render_settings import K8sSettings
-from models.artefact import querypatch_version
 from training.recipe import RecipeError
 
 Kind = Literal["job", "cluster"]
@@ -52,10 +51,7 @@ def render_k8s(recipe: PortableRecipe, settings: K8sSettings, kind: Kind = "job"
             metadata = document["metadata"]
             assert isinstance(metadata, dict)
             metadata["namespace"] = settings.namespace
-    header = (
-        f"# By `querypatch render k8s` of querypatch {querypatch_version()}, for KubeRay 1.6+.\n"
-    )
-    return header + "---\n".join(_yaml(document) for document in documents)
+    return "---\n".join(_yaml(document) for document in documents)
 
 
 def _job(recipe: PortableRecipe, settings: K8sSettings, name: str) -> Tree:

@@ -8,7 +8,6 @@ from typing import Literal, assert_never
 
 from cluster.portable import PortableRecipe
 from cluster.render_settings import RayUpSettings
-from models.artefact import querypatch_version
 from training.recipe import RecipeError
 from training.strict_yaml import dump_yaml
 
@@ -81,8 +80,7 @@ def render_ray_up(recipe: PortableRecipe, provider: Provider, settings: RayUpSet
             *_watch(provider, settings),
         ],
     }
-    header = f"# By `querypatch render ray-up` of querypatch {querypatch_version()}.\n"
-    return header + dump_yaml(cluster)
+    return dump_yaml(cluster)
 
 
 def _check(recipe: PortableRecipe, provider: Provider, settings: RayUpSettings) -> None:
