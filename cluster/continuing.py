@@ -8,9 +8,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from cluster.preflight import checked_new_run, resumed_recipe
-from cluster.stages import Recipe, StageName, parsed_recipe, recipe_values
-from training.record import read_recipe_values
-from training.run_folder import open_run_folder
+from cluster.stages import Recipe, StageName, free_keys, parsed_recipe, recipe_values
+from training.record import check_same_recipe, read_recipe_values
+from training.run_folder import RunFolder, open_run_folder
+from training.storage_settings import apply_storage_options
 
 
 def begun_or_continued(stage: StageName, name: str, overrides: Sequence[str]) -> Recipe:
@@ -21,9 +22,17 @@ def begun_or_continued(stage: StageName, name: str, overrides: Sequence[str]) ->
     """
     values = recipe_values(stage, name, overrides)
     recipe = parsed_recipe(values, (), stage)
+    apply_storage_options(recipe.storage)
     if read_recipe_values(open_run_folder(recipe.run)) is None:
         return checked_new_run(recipe)
     return resumed_recipe(recipe.run, said(values, recipe))
+
+
+def held_to_its_run(folder: RunFolder, overrides: Sequence[str]) -> None:
+    """Raises RecipeError where what `said` gives is not what the run in `folder` was begun with."""
+    values = read_recipe_values(folder) or {}
+    recipe = parsed_recipe(values, overrides)
+    check_same_recipe(folder, recipe, may_differ=free_keys(recipe))
 
 
 def said(values: Mapping[str, object], recipe: Recipe) -> list[str]:

@@ -22,7 +22,8 @@ from cluster.jobs import (
     submit,
     succeeded,
 )
-from cluster.jobs_api import JobsError, connect, in_one_line
+from cluster.jobs_api import JobsError, connect, in_one_line, is_this_machine
+from cluster.pipeline_status import pipeline_json, pipeline_text, read_pipeline
 from cluster.status import read_status, status_json, status_text
 from models.urls import public_url
 from training.run_folder import open_run_folder
@@ -62,6 +63,9 @@ def submit_order(order: Order, how: Submission, console: Console) -> bool:
     client = connect(how.address, how.insecure)
     if order.run is not None:
         _check_nobody_writes(client, order.run)
+    if order.paths and not is_this_machine(how.address):
+        keys = ", ".join(order.paths)
+        say(console, f"paths and no URLs, the same on all machines of the cluster: {keys}")
     pins = pins_of_this_machine() if how.install else ()
     if how.check:
         for line in check_cluster(client, how.environment, pins):
@@ -161,7 +165,11 @@ def _followed(client: JobSubmissionClient, id: str, console: Console) -> bool:
 
 
 def _run_status(name: str, as_json: bool) -> str:
-    status = read_status(open_run_folder(name))
+    folder = open_run_folder(name)
+    pipeline = read_pipeline(folder)
+    if pipeline is not None:
+        return pipeline_json(pipeline) if as_json else pipeline_text(pipeline)
+    status = read_status(folder)
     return status_json(status) if as_json else status_text(status)
 
 

@@ -44,6 +44,8 @@ class Order:
     """URL of the run that it writes, without credentials."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """What the command reads, by name."""
+    paths: tuple[str, ...] = ()
+    """Keys that name files which every machine of the cluster must have."""
 
 
 def submit(

@@ -49,7 +49,7 @@ def connect(address: str, insecure: bool = False) -> JobSubmissionClient:
                 f"~/{HOME_FILE} (`ray get-auth-token` shows it on the cluster)"
             )
         headers = {"Authorization": f"Bearer {token}"}
-    elif not insecure and not _is_this_machine(url):
+    elif not insecure and not is_this_machine(url):
         raise JobsError(
             f"{url} asks for no token: whoever reaches it can run commands there; start the "
             "cluster with RAY_AUTH_MODE=token, or say --insecure if its network is closed"
@@ -99,6 +99,11 @@ def find_token() -> str | None:
         return None
 
 
+def is_this_machine(url: str) -> bool:
+    """Whether the address is of loopback."""
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
 def _checked(address: str) -> str:
     parts = urlsplit(address)
     if not is_jobs_address(address) or not parts.hostname:
@@ -133,10 +138,6 @@ def _no_answer(url: str) -> str:
         f"{url} does not answer; is it the head's dashboard (port 8265), does it run, and does a "
         "tunnel, port-forward or ingress lead there?"
     )
-
-
-def _is_this_machine(url: str) -> bool:
-    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from cluster.continuing import said
 from cluster.jobs import Order
 from cluster.packaging import EXTRAS
-from cluster.stages import Recipe, StageName, found_recipe, parsed_recipe, recipe_values
+from cluster.stages import StageName, found_recipe, parsed_recipe, recipe_values
 from models.urls import holds_credentials, public_url
 from training.recipe import RecipeError, override, parse_recipe
 from training.run_recipe import absolute
@@ -30,7 +30,7 @@ def start_order(
     """The order to begin or continue the run of a recipe; `name` as in `querypatch submit`, or that
     of a recipe of `stage`.
 
-    Raises RecipeError: mistakes in the recipe, or credentials in it.
+    Raises RecipeError: mistakes in the recipe, of which credentials are one.
     """
     if stage is None:
         stage, source = found_recipe(name)
@@ -39,12 +39,12 @@ def start_order(
         values = recipe_values(stage, name, overrides)
     recipe = parsed_recipe(values, (), stage)
     shipped = {"stage": stage, **override({}, said(values, recipe))}
-    check_nothing_secret(shipped)
     return Order(
         words=(stage, f"{EXTRAS}/{RECIPE}", "--continue", *ON_ITS_CLUSTER),
         name=job or recipe.run,
         run=public_url(recipe.run),
         files={RECIPE: dump_yaml(shipped).encode()},
+        paths=tuple(_paths(shipped)),
     )
 
 
@@ -52,7 +52,7 @@ def resume_order(run: str, overrides: Sequence[str], job: str | None = None) -> 
     """The order to continue the run at a URL, of which nothing else needs to be known here."""
     url = absolute(run)
     assert url is not None
-    check_nothing_secret({"run": url, "overrides": list(overrides)})
+    _check_nothing_secret((url, *overrides))
     return Order(
         words=("resume", url, *overrides, *ON_ITS_CLUSTER), name=job or url, run=public_url(url)
     )
@@ -78,29 +78,22 @@ def environment(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def local_paths(recipe: Recipe) -> list[str]:
-    """Keys of a recipe that name folders of a machine, which must be the same on all."""
-    values = recipe.model_dump(mode="json")
-    return [key for key, text in _texts(values) if text.startswith("/")]
-
-
-def check_nothing_secret(values: Mapping[str, object]) -> None:
-    """Raises RecipeError where a URL among the values holds credentials."""
-    for key, text in _texts(values):
-        if holds_credentials(text):
+def _check_nothing_secret(words: Iterable[str]) -> None:
+    """Raises RecipeError where a URL among the words holds credentials."""
+    for word in words:
+        if holds_credentials(word.partition("=")[2] or word):
             raise RecipeError(
-                f"{key}={public_url(text)} was given with credentials in the URL, which everybody "
-                "who sees the cluster's jobs would see; leave them out and give them to the "
-                "cluster's machines (a role, a profile, a Kubernetes secret)"
+                f"{public_url(word)} was given with credentials in the URL, which everybody who "
+                "sees the cluster's jobs would see; leave them out and give them to the cluster's "
+                "machines (a role, a profile, a Kubernetes secret)"
             )
 
 
-def _texts(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _paths(values: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    """Keys of a recipe that name files of a machine rather than URLs."""
     for key, value in values.items():
         match value:
             case Mapping():
-                yield from _texts(value, f"{prefix}{key}.")
-            case str():
-                yield prefix + key, value
-            case list():
-                yield from ((prefix + key, text) for text in value if isinstance(text, str))
+                yield from _paths(value, f"{prefix}{key}.")
+            case str() if value.startswith("/"):
+                yield prefix + key

@@ -15,6 +15,7 @@ from cluster.bars import say
 from cluster.job_commands import is_run, named_job
 from cluster.jobs import RUN, STOP_WAIT_S, find_job, wait_for_end
 from cluster.jobs_api import JobsError, connect, in_one_line
+from cluster.pipeline_status import stage_that_is_written
 from cluster.status import NoRun, RunStatus, read_status
 from models.urls import public_url
 from training.control import ask_to_stop
@@ -32,6 +33,8 @@ def stop_run(
     Raises JobsError: no such job, nobody writes the run, or it did not end in time.
     """
     folder = open_run_folder(_run_of(name, address, insecure))
+    stage = stage_that_is_written(folder)
+    folder = folder if stage is None else open_run_folder(stage)
     status = _status_to_stop(folder, name)
     if status.state in _OVER:
         say(console, f"{status.run} is not running: {status.state} at step {status.step}")
