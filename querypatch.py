@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
+from cluster.chaos_cli import chaos
 from cluster.job_cli import jobs_cli
 from cluster.node_cli import node_app
 from cluster.preflight_cli import preflight
@@ -55,6 +56,7 @@ data_app = typer.Typer(help="Labelled sets: COCO, VOC, YOLO, shards.", no_args_i
 weights_app = typer.Typer(help="Files of weights, ours and others'.", no_args_is_help=True)
 app.add_typer(jobs_cli)
 app.command()(preflight)
+app.command()(chaos)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")

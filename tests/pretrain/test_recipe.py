@@ -15,7 +15,7 @@ from training.shipped_recipes import shipped_recipes
 
 SAID = ["run=r", "data.shards=s", "model.backbone.weights=w"]
 NAMES = (
-    "deformable_tiny_cpu", "folder_r18", "imagenet_deformable_r50", "imagenet_r50",
+    "chaos_cpu", "deformable_tiny_cpu", "folder_r18", "imagenet_deformable_r50", "imagenet_r50",
     "imagenet_r50_15ep", "imagenet_sparse_r50", "single_query", "sparse_tiny_cpu", "tiny_cpu",
 )  # fmt: skip
 

@@ -1,0 +1,29 @@
+"""`querypatch chaos`: mounted by the front door.
+
+Imports nothing that takes seconds until it is called.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cluster.words import Overrides, RecipeName, one_line_errors
+
+
+def chaos(
+    recipe: RecipeName = "chaos_cpu",
+    overrides: Overrides = None,
+    schedules: Annotated[int, typer.Option(min=1, help="How many, from number 1 on.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Decides all schedules.")] = 1,
+    only: Annotated[
+        list[int] | None, typer.Option(help="The number of one schedule; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for all runs.")] = Path("chaos"),
+) -> None:
+    """Break a tiny run in random ways, and hold each to a run without faults; 1 if one differs."""
+    with one_line_errors():
+        from cluster.chaos import run_chaos
+
+        run_chaos(recipe, overrides or [], seed, only or range(1, schedules + 1), out, Console())
