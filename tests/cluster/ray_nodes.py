@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 
 from cluster.processes import kill_tree
+from tests.cluster.networks import Host
 
 _START_S = 120
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -61,9 +62,17 @@ class RayNode:
 class RayNodes:
     """A cluster on loopback; everything it started is ended at the end of the `with` block."""
 
-    def __init__(self, token: str | None = None, env: Mapping[str, str] | None = None) -> None:
-        """`token` turns token authentication on; `env` goes to every process of the cluster."""
+    def __init__(
+        self,
+        token: str | None = None,
+        env: Mapping[str, str] | None = None,
+        ip: str = "127.0.0.1",
+    ) -> None:
+        """`token` turns token authentication on; `env` goes to every process of the cluster; the
+        head has the address `ip`.
+        """
         self._token = token
+        self._ip = ip
         self._env = dict(env or {})
         # A short path: the sockets below it may have 107 characters.
         self._place = Path(tempfile.mkdtemp(prefix="qp", dir="/tmp"))
@@ -75,7 +84,7 @@ class RayNodes:
     @property
     def address(self) -> str:
         """For `ray.init` and `--address` of a driver here: host:port."""
-        return f"127.0.0.1:{self._port}"
+        return f"{self._ip}:{self._port}"
 
     @property
     def jobs_url(self) -> str:
@@ -93,18 +102,23 @@ class RayNodes:
         """The head with its dashboard; without CPUs no worker runs on it."""
         self._port, self._dashboard_port, client_port = free_ports(3)
         node = self._start(
-            "head", num_cpus, "--head", "--port", self._port, "--temp-dir", self._place / "r",
+            "head", num_cpus, None, "--head", "--port", self._port, "--temp-dir", self._place / "r",
             "--dashboard-port", self._dashboard_port, "--include-dashboard", "true",
             "--ray-client-server-port", client_port,
         )  # fmt: skip
         self._wait_until(lambda: "head" in self._alive(), node)
         return node
 
-    def add_node(self, num_cpus: int = 1, labels: Mapping[str, str] | None = None) -> RayNode:
-        """One more node, registered when this returns."""
+    def add_node(
+        self,
+        num_cpus: int = 1,
+        labels: Mapping[str, str] | None = None,
+        host: Host | None = None,
+    ) -> RayNode:
+        """One more node, registered when this returns; on a host of a network of its own."""
         told = [f"{key}={value}" for key, value in (labels or {}).items()]
         more = ["--labels", ",".join(told)] if told else []
-        node = self._start(f"node{self._count}", num_cpus, "--address", self.address, *more)
+        node = self._start(f"node{self._count}", num_cpus, host, "--address", self.address, *more)
         self._wait_until(lambda: node.name in self._alive(), node)
         return node
 
@@ -152,9 +166,11 @@ class RayNodes:
             self.kill_node(node)
         shutil.rmtree(self._place, ignore_errors=True)
 
-    def _start(self, name: str, num_cpus: int, *arguments: object) -> RayNode:
+    def _start(self, name: str, num_cpus: int, host: Host | None, *arguments: object) -> RayNode:
+        inside = ["ip", "netns", "exec", host.name] if host else []
+        ip = host.ip if host else self._ip
         command = [
-            *_RAY, "start", "--block", "--node-ip-address", "127.0.0.1", "--node-name", name,
+            *inside, *_RAY, "start", "--block", "--node-ip-address", ip, "--node-name", name,
             "--num-cpus", num_cpus, "--object-store-memory", _STORE_BYTES,
             "--dashboard-agent-listen-port", 0, *arguments,
         ]  # fmt: skip
