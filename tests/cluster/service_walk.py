@@ -186,8 +186,14 @@ def wait_until(is_so: Callable[[], bool], what: str) -> None:
         time.sleep(0.5)
 
 
+def cluster_environment(store: S3Store) -> dict[str, str]:
+    """Of the cluster's machines: this Python, and the store's credentials."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**store_environment(store), "PATH": path}
+
+
 def store_environment(store: S3Store) -> dict[str, str]:
-    """Credentials and endpoint the standard way, as the machines of a cluster have them."""
+    """Credentials and endpoint the standard way."""
     return {
         "AWS_ACCESS_KEY_ID": str(store.storage_options["key"]),
         "AWS_SECRET_ACCESS_KEY": str(store.storage_options["secret"]),
@@ -229,7 +235,7 @@ def main(words: Sequence[str] | None = None) -> int:
             write_scenes(place / "pictures", seed=4, count=200)
         if given.labelled is None:
             write_labelled_scenes(place, "train", seed=2, count=60)
-        with RayNodes(TOKEN, store_environment(store)) as nodes:
+        with RayNodes(TOKEN, cluster_environment(store)) as nodes:
             nodes.start_head()
             walk = Walk(nodes, store, place)
             try:

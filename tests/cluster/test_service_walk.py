@@ -7,7 +7,7 @@ import pytest
 
 from data.synthetic import write_labelled_scenes, write_scenes
 from tests.cluster.ray_nodes import RayNodes
-from tests.cluster.service_walk import TOKEN, Size, Walk, store_environment, walk_whole
+from tests.cluster.service_walk import TOKEN, Size, Walk, cluster_environment, walk_whole
 from tests.finetune.small_run import RECIPE as FINETUNING
 from tests.pretrain.small_run import RECIPE as PRETRAINING
 from tests.servers import S3Store
@@ -34,7 +34,7 @@ def test_a_run_survives_a_lost_node_a_stop_and_a_resume_and_a_detector_is_finetu
         killed_after=20,
         stopped_after=10,
     )
-    with RayNodes(TOKEN, store_environment(s3_store)) as nodes:
+    with RayNodes(TOKEN, cluster_environment(s3_store)) as nodes:
         nodes.start_head()
         walk = Walk(nodes, s3_store, place)
         labelled = str(place / "annotations/instances_train.json")
