@@ -3,7 +3,8 @@
     python -m tests.cluster.recorded_job NOTES pretrain|finetune|resume ARGUMENT...
 
 Each worker appends a line per step to a file of its own in NOTES/START: the step, the sample ids of
-its part, and a hash of its pixels. Checkpoints are stored slowly, so that a kill can hit one.
+its part, a hash of its pixels, and its process. Checkpoints are stored slowly, so that a kill can
+hit one.
 """
 
 import json
@@ -22,6 +23,7 @@ NOTES = Path(sys.argv[1]).absolute() / str(time.time_ns())
 def noted(config: dict[str, Any]) -> None:
     """What Ray runs on every worker."""
     import hashlib
+    import os
 
     import finetune.detection
     import pretrain.run
@@ -41,6 +43,7 @@ def noted(config: dict[str, Any]) -> None:
         rank = ray.train.get_context().get_world_rank()
         digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
         line = {"step": step, "ids": batch.sample_ids.tolist(), "pixels": digest}
+        line["pid"] = os.getpid()
         with (NOTES / f"{rank}.jsonl").open("a") as notes:
             notes.write(json.dumps(line) + "\n")
 

@@ -1,5 +1,6 @@
 """A small pretraining run on several Ray nodes of this machine, and its history as it grows."""
 
+import json
 import os
 import subprocess
 import time
@@ -9,7 +10,7 @@ from cluster.processes import descendants, kill_tree
 from data.index import read_index
 from data.order import OrderSettings, batch_ids, plan_epoch
 from tests.cluster.killing import begin_job, ids_of
-from tests.cluster.ray_nodes import RayNodes
+from tests.cluster.ray_nodes import RayNode, RayNodes
 from tests.pretrain.small_run import RECIPE, small_shards
 from training.checkpoint import newest_checkpoint
 from training.history import Event, read_history
@@ -72,8 +73,25 @@ class Story:
 
     def workers(self) -> list[int]:
         """Processes of the training workers of this job's nodes."""
-        found = [pid for node in self._nodes.nodes for pid in descendants(node.process.pid)]
-        return [pid for pid in found if b"RayTrainWorker" in _command(pid)]
+        return [pid for node in self._nodes.nodes for pid in _workers_on(node)]
+
+    def node_of_worker(self, rank: int) -> RayNode:
+        """The node that a rank of the present group runs on."""
+        newest = max((self.place / "run.notes").glob(f"*/{rank}.jsonl"))
+        pid = json.loads(newest.read_text().splitlines()[-2])["pid"]
+        return next(node for node in self._nodes.nodes if pid in _workers_on(node))
+
+    def wait_no_workers(self, timeout_s: float, on: RayNode | None = None) -> None:
+        """Returns when no training worker of the nodes, or of that one, is left."""
+        deadline = time.monotonic() + timeout_s
+        nodes = [on] if on else self._nodes.nodes
+        while any(_workers_on(node) for node in nodes):
+            assert time.monotonic() < deadline, f"workers are left after {timeout_s} s"
+            time.sleep(0.5)
+
+    def move_to(self, nodes: RayNodes) -> None:
+        """Another cluster, for the next start."""
+        self._nodes = nodes
 
     def last_stored(self) -> int:
         newest = newest_checkpoint(self.folder)
@@ -106,6 +124,10 @@ class Story:
 
     def _log(self) -> str:
         return (self.place / "run.log").read_text()[-3000:]
+
+
+def _workers_on(node: RayNode) -> list[int]:
+    return [pid for pid in descendants(node.process.pid) if b"RayTrainWorker" in _command(pid)]
 
 
 def _command(pid: int) -> bytes:

@@ -11,7 +11,6 @@ import pytest
 
 from tests.cluster.ray_nodes import RayNode, RayNodes
 from tests.cluster.story import Story
-from training.control import ask_to_stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -50,7 +49,7 @@ def _go_through(story: Story, ray_nodes: RayNodes, leaving: RayNode) -> None:
     assert story.wait("resized").facts == {"before": 1, "after": 2}
     grown = story.wait("first_step", workers=2)
 
-    ask_to_stop(story.folder, "a test")
+    story.job.send_signal(signal.SIGTERM)
     assert story.job.wait(timeout=60) == 0
     stopped = story.wait("stopped")
     assert stopped.step == story.last_stored() >= grown.step
