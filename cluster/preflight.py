@@ -22,8 +22,10 @@ from finetune.run import checked_recipe
 from models.interop.backbones import RANDOM_WEIGHTS
 from pretrain.recipe import PretrainRecipe
 from training.checkpoint import newest_checkpoint
+from training.recipe import load_recipe, override
 from training.record import check_same_recipe, read_recipe_values
 from training.run_folder import RunFolder, open_run_folder
+from training.storage_settings import RunStorage, apply_storage_options
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ def checked_new_run(recipe: Recipe) -> Recipe:
     """The recipe with what its data and weights tell; raises RefusedJob where a run lies there
     already, and what `checked_inputs` raises.
     """
+    apply_storage_options(recipe.storage)
     folder = open_run_folder(recipe.run)
     if read_recipe_values(folder) is not None:
         raise RefusedJob(
@@ -54,6 +57,9 @@ def resumed_recipe(url: str, overrides: Sequence[str]) -> Recipe:
 
     Raises RefusedJob or RecipeError: no run there, other keys differ, or its data changed.
     """
+    # The run's own recipe says how its store is reached, and can be read only when it is.
+    said = override({}, [text for text in overrides if text.startswith("storage.")])
+    apply_storage_options(load_recipe(RunStorage, said).storage)
     folder = open_run_folder(url)
     values = read_recipe_values(folder)
     if values is None:
@@ -62,6 +68,7 @@ def resumed_recipe(url: str, overrides: Sequence[str]) -> Recipe:
             f"`querypatch pretrain RECIPE run={url}` or `querypatch finetune RECIPE run={url}`"
         )
     recipe = parsed_recipe(values, [*overrides, f"run={url}"])
+    apply_storage_options(recipe.storage)
     check_same_recipe(folder, recipe, may_differ=free_keys(recipe))
     is_fresh = newest_checkpoint(folder) is None
     _check_same_data(folder, checked_inputs(recipe, is_fresh).digests)

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal, assert_never
 from urllib.parse import urlsplit
@@ -83,7 +83,9 @@ class FaultyStore:
     is_away: bool = False
     """True closes every connection without a word."""
     requests: int = 0
-    counts: Counter[str] | None = None
+    refused: int = 0
+    """Connections that were closed while it was away."""
+    counts: Counter[str] = field(default_factory=Counter)
     """Requests by the kind of their fault."""
 
 
@@ -92,7 +94,6 @@ def faulty_store(behind: S3Store, plan: Plan = no_faults) -> Iterator[FaultyStor
     """A proxy before a server, on a free port of loopback, until the block ends."""
     server = _Server(("127.0.0.1", 0), _Handler)
     faulty = FaultyStore(with_endpoint(behind, f"http://127.0.0.1:{server.server_port}"), plan)
-    faulty.counts = Counter()
     server.faulty, server.behind = faulty, urlsplit(behind.endpoint).netloc
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
@@ -134,14 +135,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         faulty = self.server.faulty
         if faulty.is_away:
+            faulty.refused += 1
             self.close_connection = True
             return
         request = Request(faulty.requests, self.command, self.path)
         faulty.requests += 1
         fault = faulty.plan(request)
         length = int(self.headers.get("Content-Length", 0))
-        if faulty.counts is not None:
-            faulty.counts[fault.kind] += 1
+        faulty.counts[fault.kind] += 1
         match fault.kind:
             case "wait":
                 time.sleep(fault.seconds)

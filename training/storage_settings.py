@@ -54,6 +54,13 @@ class StorageSettings(Settings):
         return self
 
 
+class RunStorage(Settings):
+    """The part of a recipe that is needed before the rest of it can be read."""
+
+    storage: StorageSettings = StorageSettings()
+    """As in a recipe."""
+
+
 def apply_storage_options(settings: StorageSettings) -> None:
     """Makes the options those of every file system that this process and its children open.
 

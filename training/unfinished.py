@@ -34,9 +34,13 @@ def abort_uploads(s3: AbstractFileSystem, root: str) -> None:
     bucket, _, key = root.partition("/")
     markers: dict[str, str] = {}
     while True:
-        page: dict[str, Any] = s3.call_s3(
-            "list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/", **markers
-        )
+        try:
+            page: dict[str, Any] = s3.call_s3(
+                "list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/", **markers
+            )
+        except FileNotFoundError:
+            # What rclone says of a bucket that never saw one.
+            return
         for upload in page.get("Uploads", []):
             logger.info("aborting an upload that never ended: %s", upload["Key"])
             with suppress(FileNotFoundError):

@@ -46,7 +46,6 @@ def test_checkpoints_come_through_a_bad_day(s3_store: S3Store, seed: int) -> Non
             writer.flush()
         writer.finish()
         uploads.close()
-        assert faulty.counts is not None
         assert len(faulty.counts) >= 6
     clean = open_run_folder(s3_store.url, s3_store.storage_options)
     assert uploads.failures == 0

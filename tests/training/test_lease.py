@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ceph import ceph_store
 from tests.servers import S3Store
 from tests.training.stumbling_store import Moods, stumbling_folder
 from training.lease import (
@@ -25,6 +26,8 @@ from training.lease import (
 )
 from training.lease_file import newest_lease
 from training.run_folder import RunFolder, StoreError, open_run_folder
+
+__all__ = ["ceph_store"]
 
 ME, OTHER = Holder("a", "one", 1, "boot-1"), Holder("b", "two", 1, "boot-2")
 QUICK = LeaseSettings(ttl_s=30, renew_every_s=5, settle_s=0)
@@ -51,17 +54,19 @@ def take(folder: RunFolder, holder: Holder, time: Time | None = None) -> Lease:
     return take_lease(folder, holder, QUICK, time, time.sleep, now=lambda: NOW)
 
 
-@pytest.fixture(params=["disk", "memory", "rclone"])
+@pytest.fixture(params=["disk", "memory", "rclone", pytest.param("ceph", marks=pytest.mark.long)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> RunFolder:
-    """A run on a disk, in a store with conditional writes, and in one without."""
+    """A run on a disk, in memory, in a store without conditional writes, and in one with them."""
     match request.param:
         case "disk":
             return open_run_folder(str(tmp_path / "run"))
         case "memory":
             return stumbling_folder(Moods())
         case _:
-            store: S3Store = request.getfixturevalue("s3_store")
-            return open_run_folder(store.url, store.storage_options)
+            name = "s3_store" if request.param == "rclone" else "ceph_store"
+            store: S3Store = request.getfixturevalue(name)
+            url = f"{store.url}/{request.node.originalname}"
+            return open_run_folder(url, store.storage_options)
 
 
 def test_a_second_job_is_refused_until_the_first_lets_go(folder: RunFolder) -> None:
