@@ -8,7 +8,7 @@ from torch import nn
 from data.detection_batches import PackedDetectionBatch, detection_to_device
 from data.detection_content import DetectionContent
 from data.detection_set import DetectionSet
-from finetune.evaluation import evaluate_detector
+from finetune.evaluation import Progress, evaluate_detector
 from finetune.evaluation_report import evaluation_json
 from finetune.objective import DetectionObjective
 from finetune.recipe import FinetuneRecipe
@@ -62,11 +62,11 @@ def _detector(
 
 def _evaluation(
     recipe: FinetuneRecipe, classes: Classes, validation: DetectionSet | None, world: World
-) -> Callable[[nn.Module], Scoring] | None:
+) -> Callable[[nn.Module, Progress], Scoring] | None:
     if validation is None:
         return None
 
-    def evaluate(model: nn.Module) -> Scoring:
+    def evaluate(model: nn.Module, progress: Progress) -> Scoring:
         scoring = evaluate_detector(
             model,
             validation,
@@ -75,7 +75,8 @@ def _evaluation(
             world,
             recipe.loop.precision,
             recipe.data.stream.reading,
-            class_scores=recipe.model.class_scores,
+            progress,
+            recipe.model.class_scores,
         )
 
         def score() -> Judgement:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from data.detection_set import DetectionSet
 from data.evaluation_batches import EvaluationBatch, evaluation_batches
 from data.one_shot_content import seen_labels
+from data.packing import SkippedPicture
 from data.query_crops import CropCatalogue, catalogue_of, list_objects
 from data.reading import ReadingSettings
-from data.reference_crops import crops_by_picture, read_crops
+from data.reference_crops import PictureCrops, crops_by_picture, read_crops
 from data.set_annotations import set_annotations
 from finetune.evaluation import EvaluationSettings, Progress, evaluated_ids
 from finetune.one_shot import OneShotSettings
@@ -86,8 +87,8 @@ def evaluate_one_shot(
     The model is in evaluation mode and on `world.device`. Every worker may score, one is enough.
     """
     reading = reading or ReadingSettings()
-    references = _references(model, test, world, precision, reading)
     ids = list(test.plan.questions)[world.rank :: world.size]
+    references = _references(model, test, world, precision, reading, progress)
     settings = test.evaluation
     batches = evaluation_batches(
         test.data,
@@ -149,13 +150,24 @@ def _references(
     world: World,
     precision: Precision,
     reading: ReadingSettings,
+    progress: Progress | None,
 ) -> ReferenceFeatures:
     """The features of all references that are shown, each made by one worker."""
     questions = [question for asked in test.plan.questions.values() for question in asked]
     shown = {crop for question in questions for crop in question.crops}
     pictures = crops_by_picture(test.catalogue, sorted(shown))[world.rank :: world.size]
     crops = read_crops(test.data, test.catalogue, pictures, test.one_shot.crops.side, reading)
-    return merged(gather_objects(reference_features(model, crops, world.device, precision)))
+    heard = crops if progress is None else _heard(crops, len(test.plan.questions), progress)
+    return merged(gather_objects(reference_features(model, heard, world.device, precision)))
+
+
+def _heard(
+    crops: Iterator[PictureCrops | SkippedPicture], total: int, progress: Progress
+) -> Iterator[PictureCrops | SkippedPicture]:
+    """The crops; each is a sign of life, though no picture is answered yet."""
+    for crop in crops:
+        progress(0, total)
+        yield crop
 
 
 def _counted(

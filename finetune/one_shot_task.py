@@ -12,6 +12,7 @@ from data.detection_set import DetectionSet
 from data.one_shot_content import one_shot_set, seen_labels
 from data.query_crops import list_objects
 from data.set_annotations import set_annotations
+from finetune.evaluation import Progress
 from finetune.objective import AS_DETR, DetectionObjective
 from finetune.one_shot_evaluation import evaluate_one_shot, one_shot_test
 from finetune.one_shot_report import one_shot_json
@@ -110,15 +111,15 @@ def _model(recipe: FinetuneRecipe, is_fresh: bool) -> tuple[PatchDetector, LoadR
 
 def _evaluation(
     recipe: FinetuneRecipe, validation: DetectionSet | None, world: World
-) -> Callable[[nn.Module], Scoring] | None:
+) -> Callable[[nn.Module, Progress], Scoring] | None:
     if validation is None:
         return None
     reading = recipe.data.stream.reading
     test = one_shot_test(validation, recipe.one_shot, recipe.evaluation, reading)
 
-    def evaluate(model: nn.Module) -> Scoring:
+    def evaluate(model: nn.Module, progress: Progress) -> Scoring:
         assert isinstance(model, PatchDetector)
-        scoring = evaluate_one_shot(model, test, world, recipe.loop.precision, reading)
+        scoring = evaluate_one_shot(model, test, world, recipe.loop.precision, reading, progress)
 
         def score() -> Judgement:
             evaluation = scoring()

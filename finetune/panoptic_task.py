@@ -16,6 +16,7 @@ from data.detection_batches import PackedDetectionBatch, detection_to_device
 from data.detection_set import DetectionSet
 from data.panoptic_content import PanopticContent
 from finetune.artefacts import open_weights
+from finetune.evaluation import Progress
 from finetune.panoptic_evaluation import evaluate_panoptic
 from finetune.panoptic_weights import load_mask_head
 from finetune.recipe import FinetuneRecipe
@@ -162,11 +163,11 @@ def _no_targets(targets: Targets) -> Targets:
 
 def _evaluation(
     recipe: FinetuneRecipe, classes: Classes, validation: DetectionSet | None, world: World
-) -> Callable[[nn.Module], Scoring] | None:
+) -> Callable[[nn.Module, Progress], Scoring] | None:
     if validation is None:
         return None
 
-    def evaluate(model: nn.Module) -> Scoring:
+    def evaluate(model: nn.Module, progress: Progress) -> Scoring:
         assert isinstance(model, PanopticDetector)
         scoring = evaluate_panoptic(
             model,
@@ -177,6 +178,7 @@ def _evaluation(
             world,
             recipe.loop.precision,
             recipe.data.stream.reading,
+            progress,
         )
 
         def score() -> Judgement:

@@ -30,7 +30,7 @@ from models.detector_settings import DetectorSettings
 from models.structures import Classes, DetectionBatch
 from training.checkpoint import newest_checkpoint
 from training.early_stop import stopped_at
-from training.job import Evaluated, Scoring
+from training.job import Evaluate, Evaluated, Scoring
 from training.snapshot import Position
 from training.stage import Host, Stage, train_stage
 
@@ -153,13 +153,13 @@ def _chain(recipe: FinetuneRecipe, host: Host, task: Task[P]) -> tuple[str, ...]
     return report.chain
 
 
-def _heard(task: Task[P], keeper: Keeper | None) -> Callable[[nn.Module], Scoring] | None:
+def _heard(task: Task[P], keeper: Keeper | None) -> Evaluate | None:
     evaluate = task.evaluate
     if evaluate is None:
         return None
 
-    def heard(model: nn.Module) -> Scoring:
-        scoring = evaluate(model)
+    def heard(model: nn.Module, alive: Callable[[], None]) -> Scoring:
+        scoring = evaluate(model, lambda *_: alive())
         return lambda: keeper.hear(scoring()) if keeper else {}
 
     return heard

@@ -9,6 +9,7 @@ from torch import nn
 
 from data.detection_set import DetectionSet
 from data.loader import BatchContent, P
+from finetune.evaluation import Progress
 from models.artefact import ArtefactKind
 from models.interop.placing import LoadReport
 from models.structures import DetectionBatch
@@ -55,7 +56,7 @@ class Task(Generic[P]):
     """A packed batch on its device, normalised there."""
     objective: Objective[DetectionBatch]
     """The losses of a part of a batch; not finite where nothing matches."""
-    evaluate: Callable[[nn.Module], Scoring] | None
+    evaluate: Callable[[nn.Module, Progress], Scoring] | None
     """Predicts on this worker's share (on every worker) and returns the scoring that is left to
     do, on the first worker alone. None where there is nothing to evaluate on.
     """

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int16, Int64
 from torch import Tensor
 
@@ -25,9 +26,20 @@ class Images:
     sizes: Int64[Tensor, "batch 2"]
     """(height, width) of each picture before padding, in pixels."""
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(height, width) of the padded pictures, in pixels."""
+        return self.pixels.shape[2], self.pixels.shape[3]
+
     def part(self, rows: slice) -> "Images":
         """Some of the pictures, padded as they are."""
         return Images(self.pixels[rows], self.padding[rows], self.sizes[rows])
+
+    def padded(self, height: int, width: int) -> "Images":
+        """The pictures padded to a size that is not below theirs."""
+        more = (0, width - self.extent[1], 0, height - self.extent[0])
+        padding = F.pad(self.padding, more, value=True)
+        return Images(F.pad(self.pixels, more), padding, self.sizes)
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,11 @@ class PatchBatch:
     None where this is that whole batch.
     """
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(height, width) that pictures are padded to, in pixels; 0 of what counts for nothing."""
+        return (0, 0) if self.blank else self.images.extent
+
     def part(self, rows: slice) -> Self:
         """Some of the pictures, padded as they are."""
         return replace(
@@ -76,6 +93,10 @@ class PatchBatch:
             skipped=(),
             places=None if self.places is None else self.places[rows],
         )
+
+    def padded(self, height: int, width: int) -> Self:
+        """Padded to a size; a larger picture that counts for nothing stays as it is."""
+        return replace(self, images=_padded(self.images, height, width))
 
 
 @dataclass(frozen=True)
@@ -124,6 +145,11 @@ class DetectionBatch:
     blank: bool = False
     """True where all pictures of this rank were broken: an empty one stands in, with weight 0."""
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(height, width) that pictures are padded to, in pixels; 0 of what counts for nothing."""
+        return (0, 0) if self.blank else self.images.extent
+
     def part(self, rows: slice) -> Self:
         """Some of the pictures, padded as they are."""
         return replace(
@@ -136,6 +162,19 @@ class DetectionBatch:
             segments=None if self.segments is None else self.segments[rows],
             skipped=(),
         )
+
+    def padded(self, height: int, width: int) -> Self:
+        """Padded to a size; a larger picture that counts for nothing stays as it is."""
+        images, segments = _padded(self.images, height, width), self.segments
+        if segments is not None:
+            more = (
+                0,
+                images.extent[1] - segments.shape[2],
+                0,
+                images.extent[0] - segments.shape[1],
+            )
+            segments = F.pad(segments, more)
+        return replace(self, images=images, segments=segments)
 
 
 @dataclass(frozen=True)
@@ -247,6 +286,11 @@ class Losses:
 
     total: Float[Tensor, ""]
     terms: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
+
+
+def _padded(images: Images, height: int, width: int) -> Images:
+    own_height, own_width = images.extent
+    return images.padded(max(height, own_height), max(width, own_width))
 
 
 def padding_of(

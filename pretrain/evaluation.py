@@ -1,6 +1,6 @@
 """An evaluation of patch detection on held-out shards, shared out between the workers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,18 +38,23 @@ def evaluate_held_out(
     index: ShardIndex,
     content: PatchContent,
     world: World,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """The numbers of `pretrain.held_out` and the loss terms; called on every worker.
+
+    `alive` is called with every batch.
 
     Every picture is used once, with the same patches in every evaluation, without colour changes.
     """
     count = min(recipe.data.held_out_pictures, index.num_samples)
     ids = range(world.rank, count, world.size)
-    batch_size = max(1, recipe.global_batch // world.size)
+    part = max(1, recipe.global_batch // world.size)
+    batch_size = min(part, recipe.resources.max_pictures_per_pass or part)
     results: list[PictureResult] = []
     sums: dict[str, float] = {}
     reading = recipe.data.stream.reading
     for packed in held_out_batches(index, content, recipe.seed, ids, batch_size, reading):
+        alive()
         if packed.blank:
             continue
         batch = to_device(packed, world.device)

@@ -20,7 +20,7 @@ from pretrain.objective import PatchObjective
 from pretrain.recipe import PretrainRecipe
 from pretrain.weights import blank_model, initial_model
 from training.checkpoint import newest_checkpoint
-from training.job import Scoring
+from training.job import Evaluate, Scoring
 from training.snapshot import Position
 from training.stage import Host, Stage, train_stage
 from training.world import World
@@ -94,14 +94,14 @@ def on_device(batches: Iterator[PackedPatchBatch], device: torch.device) -> Iter
         yield to_device(packed, device)
 
 
-def _evaluation(recipe: PretrainRecipe, world: World) -> Callable[[nn.Module], Scoring] | None:
+def _evaluation(recipe: PretrainRecipe, world: World) -> Evaluate | None:
     if recipe.data.held_out is None:
         return None
     index = read_index(recipe.data.held_out)
     content = patch_content(recipe, world.device)
 
-    def evaluate(model: nn.Module) -> Scoring:
-        numbers = evaluate_held_out(model, recipe, index, content, world)
+    def evaluate(model: nn.Module, alive: Callable[[], None]) -> Scoring:
+        numbers = evaluate_held_out(model, recipe, index, content, world, alive)
         return lambda: numbers
 
     return evaluate

@@ -65,7 +65,7 @@ class Evaluations(Generic[B]):
         model = state.ema.model if state.ema else state.model
         model.eval()
         with torch.no_grad():
-            scoring = self._around.evaluate(model)
+            scoring = self._around.evaluate(model, lambda: self._around.beat(step))
         self._around.beat(step)
         self._job.model.train()
         if not self._job.world.is_first:

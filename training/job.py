@@ -28,6 +28,11 @@ class LoopSettings(Settings):
     """Length of the run in updates; give this or epochs."""
     accumulate: int = Field(default=1, ge=1)
     """Batches whose gradients are averaged into one update."""
+    pad_to: Literal["part", "batch"] = "part"
+    """Pad pictures to the largest of the worker's own part, or of the whole batch of all workers.
+    The CNN sees the padding at a picture's borders: with `batch` any number of workers learns the
+    same but for rounding, and slower, as more is padding.
+    """
     precision: Literal["float32", "bf16"] = "float32"
     """`bf16` computes the model in bfloat16 where that is safe, never matching and losses."""
     compile: bool = False
@@ -102,8 +107,17 @@ class Batch(Protocol):
         """The pictures of this worker's part that could not be decoded."""
         ...
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(height, width) that pictures are padded to; 0 of what counts for nothing."""
+        ...
+
     def part(self, rows: slice) -> Self:
         """Some of the pictures, padded as they are."""
+        ...
+
+    def padded(self, height: int, width: int) -> Self:
+        """The same, padded to a size."""
         ...
 
 
@@ -166,6 +180,9 @@ class Job(Generic[B]):
 Scoring = Callable[[], Mapping[str, float | int]]
 """What is left to do when everything is predicted: gives metrics by name."""
 
+Evaluate = Callable[[nn.Module, Callable[[], None]], Scoring]
+"""Predicts with a model; the second argument is called with every batch, as a sign of life."""
+
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -199,7 +216,7 @@ class Surroundings:
     """True once this worker has been asked to stop."""
     journal: Journal | None = None
     display: Display | None = None
-    evaluate: Callable[[nn.Module], Scoring] | None = None
+    evaluate: Evaluate | None = None
     """Predicts with a model in evaluation mode, on every worker; the scoring it returns is called
     on the first worker alone, in another thread where the settings say so.
     """

@@ -32,7 +32,7 @@ from training.optimiser import (
 from training.parallel import averaging, is_averaged
 from training.reporting import Reporter, Verdict
 from training.snapshot import Position, TrainingState
-from training.world import all_reduce_sum, broadcast_object, gather_objects
+from training.world import all_reduce_max, all_reduce_sum, broadcast_object, gather_objects
 
 
 class NonFiniteLoss(ArithmeticError):  # noqa: N818
@@ -57,7 +57,7 @@ def train(job: Job[B], surroundings: Surroundings, start: Position) -> Position:
     is_over = broadcast_object(reporter.asks_to_end, job.world)
     while position.step < job.plan.total_steps and not is_over:
         rates = set_learning_rates(optimiser, job.schedule, position.step)
-        batches = reporter.wait_for_batches()
+        batches = _padded_alike(job, reporter.wait_for_batches())
         if position.step == start.step and is_averaged(job.model):
             _settle_buckets(job, batches, position.step)
         # After the batches: loader processes that start draw from the global state too.
@@ -83,6 +83,15 @@ def train(job: Job[B], surroundings: Surroundings, start: Position) -> Position:
     reporter.end(position)
     surroundings.checkpoints.flush()
     return position
+
+
+def _padded_alike(job: Job[B], batches: Sequence[B]) -> Sequence[B]:
+    """Where `pad_to` asks for it: every worker's part of a batch padded to one size."""
+    if job.settings.pad_to == "part" or job.world.size == 1:
+        return batches
+    extents = all_reduce_max([side for batch in batches for side in batch.extent], job.world)
+    pairs = zip(batches, extents[::2], extents[1::2], strict=True)
+    return [batch.padded(height, width) for batch, height, width in pairs]
 
 
 def _settle_buckets(job: Job[B], batches: Sequence[B], step: int) -> None:

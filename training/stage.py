@@ -17,11 +17,11 @@ from training.ema import Ema
 from training.job import (
     B,
     Checkpoints,
+    Evaluate,
     Evaluated,
     Job,
     Objective,
     Plan,
-    Scoring,
     Surroundings,
     nothing_wanted,
     plan_steps,
@@ -76,7 +76,7 @@ class Stage(Generic[B]):
     """This worker's batches on its device, from the given number on, without end."""
     counters: Callable[[], Mapping[str, float | int]]
     """Counts of the stream for the record."""
-    evaluate: Callable[[nn.Module], Scoring] | None = None
+    evaluate: Evaluate | None = None
     judge: Callable[[Evaluated], bool] | None = None
     """As in `Surroundings`."""
     metadata: Mapping[str, str] = field(default_factory=dict)

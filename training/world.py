@@ -5,6 +5,7 @@ collective a call. Under NCCL objects travel over a process's current device, wh
 (Ray Train sees to it).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -48,6 +49,15 @@ def all_reduce_sum(tensor: Shaped[Tensor, "*axes"]) -> Shaped[Tensor, "*axes"]:
     total = tensor.detach().clone()
     torch.distributed.all_reduce(total)
     return total
+
+
+def all_reduce_max(numbers: Sequence[int], world: World) -> tuple[int, ...]:
+    """The largest of each number over the workers, on every worker; reads the device."""
+    if not _connected():
+        return tuple(numbers)
+    largest = torch.tensor(numbers, device=world.device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return tuple(largest.tolist())
 
 
 def barrier() -> None:

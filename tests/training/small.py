@@ -28,6 +28,13 @@ class NumberBatch:
     keys: tuple[str, ...]
     skipped: tuple[str, ...] = ()
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        return (1, 4)
+
+    def padded(self, height: int, width: int) -> Self:
+        return self
+
     def part(self, rows: slice) -> Self:
         return replace(self, rows=self.rows[rows], keys=self.keys[rows], skipped=())
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_training_goes_on_while_an_evaluation_is_scored() -> None:
     is_scored, goes_on = threading.Event(), threading.Event()
     steps: list[int] = []
 
-    def evaluate(model: nn.Module) -> Scoring:
+    def evaluate(model: nn.Module, alive: Callable[[], None]) -> Scoring:
         def score() -> dict[str, float]:
             assert goes_on.wait(10)
             is_scored.set()
@@ -58,7 +59,7 @@ def test_what_is_judged_are_the_weights_of_the_evaluation_not_later_ones() -> No
     state = small_state()
     steps = iter(range(100))
 
-    def evaluate(model: nn.Module) -> Scoring:
+    def evaluate(model: nn.Module, alive: Callable[[], None]) -> Scoring:
         seen[2 * next(steps)] = line_weights(model)
         return lambda: time.sleep(0.05) or {"ap": 1.0}
 
@@ -79,7 +80,7 @@ def test_a_judge_ends_the_run_with_a_checkpoint() -> None:
     kept = KeptCheckpoints()
     around = replace(
         surroundings(kept),
-        evaluate=lambda model: lambda: {"ap": 0.1},
+        evaluate=lambda model, alive: lambda: {"ap": 0.1},
         judge=lambda evaluated: evaluated.step >= 4,
     )
     settings = LoopSettings(steps=20, evaluate_every=2)
@@ -93,7 +94,7 @@ def test_an_evaluation_that_a_kill_lost_is_made_again_and_no_other(tmp_path: Pat
     folder = open_run_folder(str(tmp_path))
     evaluated: list[str] = []
 
-    def evaluate(model: nn.Module) -> Scoring:
+    def evaluate(model: nn.Module, alive: Callable[[], None]) -> Scoring:
         evaluated.append("now")
         return lambda: {"ap": 0.5}
 
@@ -116,7 +117,7 @@ def test_an_evaluation_that_a_kill_lost_is_made_again_and_no_other(tmp_path: Pat
 def test_a_resumed_run_without_steps_left_ends_quietly() -> None:
     """Peers' bug 4: nothing is undefined where no epoch is left."""
     settings = LoopSettings(steps=3, evaluate_every=2)
-    around = replace(surroundings(), evaluate=lambda model: lambda: {"ap": 0.5})
+    around = replace(surroundings(), evaluate=lambda model, alive: lambda: {"ap": 0.5})
     start = Position(step=3)
     assert train(small_job(small_state(), settings, start), around, start) == start
 
@@ -130,7 +131,7 @@ def test_evaluations_by_epochs_are_evaluations_by_steps() -> None:
 
 
 def test_an_error_of_the_scoring_is_not_lost() -> None:
-    def evaluate(model: nn.Module) -> Scoring:
+    def evaluate(model: nn.Module, alive: Callable[[], None]) -> Scoring:
         def score() -> dict[str, float]:
             raise ValueError("the predictions of picture 7 are not finite")
 

@@ -1,6 +1,6 @@
 """When the loop records, evaluates and saves."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -59,7 +59,7 @@ def test_asked_to_stop_it_saves_and_returns_without_evaluating() -> None:
     polls = iter(range(1, 9))
     evaluated: list[str] = []
 
-    def evaluate(model: nn.Module) -> Scoring:
+    def evaluate(model: nn.Module, alive: Callable[[], None]) -> Scoring:
         evaluated.append("now")
         return lambda: {"ap": 0.5}
 
@@ -76,7 +76,7 @@ def test_evaluation_uses_the_average_and_its_metrics_go_with_the_checkpoint() ->
     kept = KeptCheckpoints()
     models: list[nn.Module] = []
 
-    def evaluate(model: nn.Module) -> Scoring:
+    def evaluate(model: nn.Module, alive: Callable[[], None]) -> Scoring:
         models.append(model)
         assert not model.training
         assert not torch.is_grad_enabled()
@@ -136,7 +136,12 @@ def test_a_checkpoint_comes_for_each_wish() -> None:
 
 def test_every_update_and_every_evaluation_is_a_sign_of_life() -> None:
     heard: list[int] = []
+
+    def evaluate(model: nn.Module, alive: Callable[[], None]) -> Scoring:
+        alive()
+        return lambda: {"ap": 0.5}
+
     settings = LoopSettings(steps=4, evaluate_every=2)
-    around = replace(surroundings(), beat=heard.append, evaluate=lambda _: lambda: {"ap": 0.5})
+    around = replace(surroundings(), beat=heard.append, evaluate=evaluate)
     train(small_job(small_state(), settings), around, Position())
-    assert heard == [0, 1, 2, 2, 3, 4, 4]
+    assert heard == [0, 0, 1, 2, 2, 2, 3, 4, 4, 4]

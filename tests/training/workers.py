@@ -13,7 +13,7 @@ def workers_context() -> ForkServerContext:
     """Processes start in milliseconds once the server of the session has imported the code."""
     context = multiprocessing.get_context("forkserver")
     # The first optimiser of a process imports torch._dynamo: seconds that the server spends once.
-    loaded = ["torch._dynamo", "tests.training.small", "training.checkpoint", "training.loop"]
+    loaded = ["torch._dynamo", "tests.training.small", "training.checkpoint", "pretrain.run"]
     context.set_forkserver_preload(loaded)
     return context
 
