@@ -25,7 +25,11 @@ JOB = "QUERYPATCH_JOB"
 """Environment variable with the id of the job that this process is of, if it was submitted."""
 
 
-@dataclass(frozen=True)
+AWAY_AFTER_S = 20.0
+"""Seconds without a renewal of the lease after which the store is said to be away."""
+
+
+@dataclass
 class Writing:
     """A start of a run that is under way."""
 
@@ -34,11 +38,25 @@ class Writing:
     """Set once the run is asked to end, by whatever way."""
     lease: Lease
 
+    _away_s: float = 0.0
+
     def check_lease(self) -> None:
-        """Raises LeaseLost where the run has another writer by now."""
+        """Tells of a store that is away or back; called again and again while the work goes on.
+
+        Raises LeaseLost where the run has another writer by now.
+        """
         reason = self.lease.lost()
         if reason is not None:
             raise LeaseLost(reason)
+        silent_s = self.lease.silent_s()
+        if silent_s > AWAY_AFTER_S:
+            if not self._away_s:
+                self.history.add("store_away", f"no answer for {silent_s:.0f} s, the run goes on")
+            self._away_s = silent_s
+        elif self._away_s:
+            text = f"after {self._away_s:.0f} s"
+            self.history.add("store_back", text, seconds=round(self._away_s))
+            self._away_s = 0.0
 
 
 @contextmanager

@@ -36,6 +36,7 @@ Kind = Literal[
     "bad_step",
     "upload_failed",
     "store_away",
+    "store_back",
     "stop_asked",
     "stopped",
     "finished",

@@ -128,6 +128,10 @@ class Lease:
         """Why this lease is no longer ours, in one line; None while it is."""
         return self._lost
 
+    def silent_s(self) -> float:
+        """Seconds since the store last took a renewal; above `renew_every_s`, it is away."""
+        return time.monotonic() - self._renewed_at
+
     def renew(self) -> None:
         """Renews the lease now, or learns that it is lost.
 
