@@ -64,25 +64,36 @@ def padded(batch: AnyBatch, shape: tuple[int, int]) -> AnyBatch:
 
 def repeated(batch: AnyBatch, count: int) -> AnyBatch:
     """A batch of `count` pictures: those of `batch`, one round after the other."""
-    places = torch.arange(count) % len(batch.images.sizes)
+    rows = torch.arange(count) % len(batch.images.sizes)
     images = Images(
-        _taken(batch.images.pixels, places),
-        _taken(batch.images.padding, places),
-        _taken(batch.images.sizes, places),
+        _taken(batch.images.pixels, rows),
+        _taken(batch.images.padding, rows),
+        _taken(batch.images.sizes, rows),
     )
-    targets = Targets(_of(batch.targets.boxes_cxcywh, places), _of(batch.targets.labels, places))
-    ids, keys = _taken(batch.sample_ids, places), _of(batch.keys, places)
-    batch = replace(batch, images=images, targets=targets, keys=keys, sample_ids=ids, skipped=())
+    boxes, labels = batch.targets.boxes_cxcywh, batch.targets.labels
+    targets = Targets(_of(boxes, rows), _of(labels, rows))
+    keys, ids = _of(batch.keys, rows), _taken(batch.sample_ids, rows)
     match batch:
         case PatchBatch():
-            at = None if batch.places is None else _of(batch.places, places)
-            return replace(batch, patches=_taken(batch.patches, places), places=at)
+            return replace(
+                batch,
+                images=images,
+                patches=_taken(batch.patches, rows),
+                targets=targets,
+                keys=keys,
+                sample_ids=ids,
+                places=None if batch.places is None else _of(batch.places, rows),
+            )
         case DetectionBatch():
             crops, segments = batch.query_patches, batch.segments
             return replace(
                 batch,
-                query_patches=None if crops is None else _taken(crops, places),
-                segments=None if segments is None else _taken(segments, places),
+                images=images,
+                targets=targets,
+                keys=keys,
+                sample_ids=ids,
+                query_patches=None if crops is None else _taken(crops, rows),
+                segments=None if segments is None else _taken(segments, rows),
             )
         case _:
             assert_never(batch)
@@ -93,9 +104,9 @@ def _grown(tensor: Tensor, more: tuple[int, int], value: float) -> Tensor:
     return F.pad(tensor, (0, more[0], 0, more[1]), value=value)
 
 
-def _taken(tensor: Tensor, places: Tensor) -> Tensor:
-    return tensor.index_select(0, places.to(tensor.device))
+def _taken(tensor: Tensor, rows: Tensor) -> Tensor:
+    return tensor.index_select(0, rows.to(tensor.device))
 
 
-def _of(things: tuple[T, ...], places: Tensor) -> tuple[T, ...]:
-    return tuple(things[place] for place in places.tolist())
+def _of(things: tuple[T, ...], rows: Tensor) -> tuple[T, ...]:
+    return tuple(things[row] for row in rows.tolist())

@@ -16,7 +16,7 @@ from uuid import uuid4
 from cluster.preflight_checks import KNOWN, Check, one_line, within
 from models.urls import public_url
 from training.record import read_recipe_values
-from training.run_folder import Patience, RunFolder, open_run_folder
+from training.run_folder import Patience, RunFolder, StoreError, open_run_folder
 
 NAME = "run folder"
 QUICK = Patience(attempts=2, backoff_s=0.5)
@@ -33,7 +33,9 @@ def store_checks(url: str) -> Iterator[Check]:
     Raises ValueError for a URL that cannot be opened, NoAnswerError where nobody answers.
     """
     folder = open_run_folder(url, patience=QUICK)
-    yield within(ANSWER_S, public_url(folder.url), lambda: _empty(folder))
+    # Where reading is refused, the trial of it says so.
+    with suppress(StoreError):
+        yield within(ANSWER_S, public_url(folder.url), lambda: _empty(folder))
     yield from _rights(folder)
 
 
@@ -101,7 +103,9 @@ def _problem(folder: RunFolder, act: Callable[[], str | None]) -> str | None:
     try:
         return within(ANSWER_S, public_url(folder.url), act)
     except KNOWN as error:
-        return one_line(error)
+        said = one_line(error)
+    way_out = "check the URL, storage.options and the credentials"
+    return said if "check" in said or said.endswith("?") else f"{said}; {way_out}"
 
 
 def _read_back(folder: RunFolder, name: str, data: bytes) -> str | None:
@@ -135,16 +139,12 @@ def _deleted(folder: RunFolder, name: str) -> str | None:
 
 def _conditional(folder: RunFolder, place: str) -> Check:
     """Whether a file that must not exist yet is refused where it does."""
-    name, path = f"{NAME}: lease", folder.path(f"{place}/once")
-    if folder.is_local:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    name, file = f"{NAME}: lease", f"{place}/once"
+    kept, reason = False, "the second of two writes that must not overwrite was taken"
     try:
-        kept = within(ANSWER_S, public_url(folder.url), lambda: _second_is_refused(folder, path))
+        kept = within(ANSWER_S, public_url(folder.url), lambda: _second_is_refused(folder, file))
     except (NotImplementedError, *KNOWN) as error:
-        kept, reason = False, one_line(error)
-    else:
-        reason = "the second of two writes that must not overwrite was taken"
-    folder.delete(f"{place}/once")
+        reason = one_line(error)
     if kept:
         return Check(name, "well", "conditional writes hold: two jobs cannot both take this run")
     return Check(
@@ -156,10 +156,10 @@ def _conditional(folder: RunFolder, place: str) -> Check:
     )
 
 
-def _second_is_refused(folder: RunFolder, path: str) -> bool:
-    folder.filesystem.pipe_file(path, b"first", mode="create")
+def _second_is_refused(folder: RunFolder, file: str) -> bool:
+    folder.create(file, b"first")
     try:
-        folder.filesystem.pipe_file(path, b"second", mode="create")
+        folder.create(file, b"second")
     except FileExistsError:
         return True
     return False

@@ -18,7 +18,7 @@ from cluster.preflight_kit import Kit
 from models.sampling_parts import sampling_parts
 from training.ema import Ema
 from training.job import Job, Plan, Surroundings, plan_steps
-from training.loop import train
+from training.loop import NonFiniteLoss, train
 from training.optimiser import build_optimiser
 from training.parallel import parallel_model
 from training.schedule import schedule_in_steps
@@ -120,7 +120,14 @@ class Bench:
             max_pictures_per_pass=per_pass or recipe.resources.max_pictures_per_pass,
         )
         around = Surroundings(checkpoints=_Nowhere(), clock=time.monotonic, stop=until)
-        train(job, around, Position())
+        try:
+            train(job, around, Position())
+        except NonFiniteLoss as error:
+            what = str(error).partition("; the last checkpoint")[0]
+            raise NonFiniteLoss(
+                f"{what}: look whether init= or model.backbone.weights hold numbers that are not "
+                "finite, or say loop.precision=float32 or a lower optimiser.lr"
+            ) from error
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -144,7 +151,7 @@ def measured_pace(bench: Bench) -> Pace:
             wait_s = max(0.0, update_loader_s - step_s) if has_processes else update_loader_s
         else:
             watch = _Watch(stream)
-            bench.steps(watch, _WARM + _MOST, _enough(TOGETHER_S))
+            bench.steps(watch, _WARM + _MOST, watch.seen_enough(recipe.loop.accumulate))
             step_s, wait_s = watch.of_an_update(recipe.loop.accumulate)
     return Pace(
         pictures=share * recipe.loop.accumulate,
@@ -195,11 +202,6 @@ def _loader_alone(bench: Bench, stream: Iterator[AnyBatch]) -> tuple[float, floa
     return arrivals[0] - began, between
 
 
-def _enough(seconds: float) -> Callable[[], bool]:
-    deadline = time.monotonic() + seconds
-    return lambda: time.monotonic() > deadline
-
-
 class _Nowhere:
     """Checkpoints of a trial are not kept."""
 
@@ -230,6 +232,11 @@ class _Watch:
         self._given = time.monotonic()
         self.waits.append(self._given - asked)
         return batch
+
+    def seen_enough(self, accumulate: int) -> Callable[[], bool]:
+        """True once time is up and one update was watched to its end, the first one if need be."""
+        deadline = time.monotonic() + TOGETHER_S
+        return lambda: time.monotonic() > deadline and len(self.steps) >= accumulate
 
     def of_an_update(self, accumulate: int) -> tuple[float, float]:
         """Mean seconds of computing and of waiting, of the updates that were not the first."""
