@@ -1,16 +1,17 @@
 """Deformable attention on one GPU: is it right, and how fast; everything that needs a GPU, once.
 
-    python -m benchmarks.gpu_session --output DIR
+    python -m benchmarks.gpu_session --output DIR [--public CLONE] [--parts PART ...]
 
-Writes DIR/gpu_session.json after every part, so that a session that ends early leaves what it had:
-1. the tests marked `gpu`, and compute-sanitizer on small calls where it is installed;
-2. what adding to memory costs by how many numbers an instruction adds, at the cells that a backward
-   adds to (benchmarks/additions.cu);
-3. seconds of forward and backward: encoder of 800 x 1333 pictures, batch 2; decoder of 300
-   queries; float32 and bfloat16; offsets around the module's initial ones, and anywhere in the
-   picture. Beside each the share of the time that its bytes take at this GPU's copying rate, the
-   plain operator's seconds, and those of an own version of the public algorithm
-   (benchmarks/thread_per_channel.cu).
+Writes DIR/gpu_session.json after every step, so that a session that ends early leaves what it had:
+- tests: those marked `gpu`;
+- additions: what adding to memory costs by how many numbers an instruction adds, at the cells that
+  a backward adds to (benchmarks/additions.cu);
+- timings: of forward and backward; encoder of 800 x 1333 pictures, batch 2; decoder of 300 queries;
+  float32 and bfloat16; offsets around the module's initial ones, and anywhere in the picture.
+  Beside each the share of the time that its bytes take at this GPU's copying rate, the plain
+  operator's time, and that of an own version of the public algorithm (thread_per_channel.cu); with
+  a clone of fundamentalvision/Deformable-DETR also that of the public kernels themselves;
+- sanitizers: compute-sanitizer on small calls, where it is installed.
 
 Times are the smallest of 20 replays of a CUDA graph of 10 calls, over 10.
 """
@@ -18,42 +19,37 @@ Times are the smallest of 20 replays of a CUDA graph of 10 calls, over 10.
 import argparse
 import ctypes
 import json
-import math
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from models.ops import nvrtc
+from benchmarks.gpu_calls import BATCH, HEADS, SHAPES, TOKENS, Call, make_call
+from benchmarks.other_kernels import OtherKernels, Program, PublicKernels, ThreadPerChannel, beside
 from models.ops.deformable import fused_deformable_attention
 from models.ops.reference import fused_deformable_attention as plain_attention
 from models.ops.reference import locations_and_weights
 
-SHAPES = ((100, 167), (50, 84), (25, 42), (13, 21))
-TOKENS = sum(rows * columns for rows, columns in SHAPES)
-HEADS, CHANNELS, LEVELS, POINTS, BATCH = 8, 32, 4, 4, 2
+Part = Literal["tests", "additions", "timings", "sanitizers"]
+
+TESTS = (
+    "tests/models/ops/test_cuda.py",
+    "tests/data/test_batches.py",
+    "tests/data/test_colour.py",
+    "tests/data/test_detection_batches.py",
+    "tests/finetune/test_predict.py",
+)
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
-
-
-@dataclass(frozen=True)
-class Call:
-    """Tensors of one fused call."""
-
-    value: Tensor
-    references: Tensor
-    offsets: Tensor
-    logits: Tensor
-    grad_output: Tensor
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the operator takes."""
-        return self.value, self.references, self.offsets, self.logits
+TIME_LIMIT_S = 300
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,8 @@ class Timing:
 class Session:
     """What was found so far."""
 
-    device: str = ""
+    device: str
+    torch: str
     copy_terabytes_per_second: float = 0.0
     checks: dict[str, str] = field(default_factory=dict)
     additions: dict[str, float] = field(default_factory=dict)
@@ -83,8 +80,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """0 where every check passed, 1 where one did not, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--output", type=Path, default=Path())
+    parser.add_argument("--parts", nargs="+", choices=get_args(Part), default=get_args(Part))
+    parser.add_argument("--public", type=Path, help="clone of fundamentalvision/Deformable-DETR")
     parser.add_argument("--small", action="store_true", help="small calls only, for a sanitizer")
-    parser.add_argument("--without-checks", action="store_true")
     arguments = parser.parse_args(words)
     if not torch.cuda.is_available():
         print("gpu_session: no CUDA device; this is for a machine with a GPU", file=sys.stderr)
@@ -92,43 +90,67 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.small:
         run_small_calls()
         return 0
-    session = Session(torch.cuda.get_device_name(), copy_rate() / 1e12)
-    for part in session_parts(session, arguments.without_checks):
-        print(f"gpu_session: {part}", flush=True)
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(session), indent=1)
-        (arguments.output / "gpu_session.json").write_text(text + "\n", encoding="utf-8")
+    session = Session(torch.cuda.get_device_name(), torch.__version__)
+    for part in arguments.parts:
+        for found in _found_by(part, session, arguments.public):
+            print(f"gpu_session: {found}", flush=True)
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(asdict(session), indent=1)
+            (arguments.output / "gpu_session.json").write_text(text + "\n", encoding="utf-8")
     return 0 if all(word == "passed" for word in session.checks.values()) else 1
 
 
-def session_parts(session: Session, without_checks: bool) -> Iterator[str]:
-    """Does one part after another, yielding what was found."""
-    if not without_checks:
-        for name, command in _check_commands().items():
-            done = subprocess.run(command, capture_output=True, text=True)
-            tail = (done.stdout + done.stderr)[-2000:]
-            session.checks[name] = "passed" if done.returncode == 0 else tail
-            yield f"{name}: {session.checks[name]}"
-    if torch.cuda.get_device_capability() >= (9, 0):  # below, nothing adds several numbers at once
-        session.additions = time_additions()
-        yield f"billions of additions a second: {session.additions}"
-    for queries, place in ((TOKENS, "encoder"), (300, "decoder")):
-        for spread in ("initial", "anywhere"):
-            for dtype in (torch.float32, torch.bfloat16):
-                what = f"{place}, {str(dtype).removeprefix('torch.')}, {spread} offsets"
-                for timing in time_call(make_call(queries, dtype, spread), what, session):
-                    session.timings.append(timing)
-                    yield str(timing)
+def _found_by(part: Part, session: Session, public: Path | None) -> Iterator[str]:
+    """Does one part, yielding what was found, in the session already."""
+    match part:
+        case "tests":
+            tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *TESTS]
+            session.checks["tests"] = _outcome(tests, os.environ)
+            yield f"tests: {session.checks['tests']}"
+        case "additions" if torch.cuda.get_device_capability() >= (9, 0):
+            session.additions = time_additions()
+            yield f"billions of additions a second: {session.additions}"
+        case "additions":
+            yield "below sm_90 nothing adds several numbers at once"
+        case "timings":
+            session.copy_terabytes_per_second = copy_rate() / 1e12
+            yield f"copies {session.copy_terabytes_per_second:.2f} TB/s, read and written"
+            for timing in time_calls(session, public):
+                session.timings.append(timing)
+                yield str(timing)
+        case "sanitizers":
+            session.checks |= sanitized()
+            yield ", ".join(f"{tool}: {session.checks[tool]}" for tool in SANITIZERS)
 
 
-def _check_commands() -> dict[str, list[str]]:
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/models/ops/test_cuda.py"]
-    commands = {"tests": tests}
+def _outcome(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """ "passed", or the end of what it said."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=TIME_LIMIT_S
+        )
+    except subprocess.TimeoutExpired:
+        return f"took more than {TIME_LIMIT_S} s"
+    return "passed" if done.returncode == 0 else (done.stdout + done.stderr)[-4000:]
+
+
+def sanitized() -> dict[str, str]:
+    """What each tool says of the small calls; all at once, as they are slow and the GPU is not.
+
+    Without torch's cache every tensor is an allocation of its own, whose ends are watched.
+    """
     sanitizer = shutil.which("compute-sanitizer")
-    for tool in SANITIZERS if sanitizer else ():
-        small = [sys.executable, "-m", "benchmarks.gpu_session", "--small"]
-        commands[tool] = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", *small]
-    return commands
+    if sanitizer is None:
+        return dict.fromkeys(SANITIZERS, "compute-sanitizer is not installed")
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    small = [sys.executable, "-m", "benchmarks.gpu_session", "--small"]
+
+    def checked(tool: str) -> str:
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *small]
+        return _outcome(command, environment)
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(SANITIZERS, pool.map(checked, SANITIZERS), strict=True))
 
 
 def run_small_calls() -> None:
@@ -153,62 +175,21 @@ def run_small_calls() -> None:
     torch.cuda.synchronize()
 
 
-def make_call(queries: int, dtype: torch.dtype, spread: str) -> Call:
-    """Queries of the encoder stand at the cells' centres, those of the decoder anywhere."""
-    make = torch.Generator("cuda").manual_seed(0)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=make, device="cuda")
-
-    if queries == TOKENS:
-        centres = torch.cat([_centres(rows, columns) for rows, columns in SHAPES])
-        centres = centres.cuda().expand(BATCH, -1, -1)
-    else:
-        centres = torch.rand((BATCH, queries, 2), generator=make, device="cuda")
-    references = centres[:, :, None].expand(-1, -1, LEVELS, -1).contiguous()
-    shape = (BATCH, queries, HEADS, LEVELS, POINTS, 2)
-    if spread == "initial":
-        offsets = _initial_offsets().cuda() + normal(*shape)
-    else:
-        sizes = torch.tensor([(columns, rows) for rows, columns in SHAPES], device="cuda")
-        anywhere = (
-            torch.rand(shape, generator=make, device="cuda") - centres[:, :, None, None, None]
-        )
-        offsets = anywhere * sizes[:, None]
-    return Call(
-        value=normal(BATCH, TOKENS, HEADS, CHANNELS).to(dtype),
-        references=references,
-        offsets=offsets.to(dtype),
-        logits=normal(*shape[:-1]).to(dtype),
-        grad_output=normal(BATCH, queries, HEADS * CHANNELS).to(dtype),
-    )
+def time_calls(session: Session, public: Path | None) -> Iterator[Timing]:
+    """Encoder and decoder, both kinds of offsets, both precisions."""
+    for queries, place in ((TOKENS, "encoder"), (300, "decoder")):
+        for spread in ("initial", "anywhere"):
+            for dtype in (torch.float32, torch.bfloat16):
+                what = f"{place}, {str(dtype).removeprefix('torch.')}, {spread} offsets"
+                call = make_call(queries, dtype, spread)
+                yield from time_call(call, what, session.copy_terabytes_per_second * 1e12)
+                if dtype == torch.float32:
+                    yield from time_others(call, what, session, public)
 
 
-def _centres(rows: int, columns: int) -> Tensor:
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([(x + 0.5) / columns, (y + 0.5) / rows], -1).flatten(0, 1)
-
-
-def _initial_offsets() -> Tensor:
-    """Each head looks its own way, 1 to 4 cells far: Deformable DETR, appendix A.4."""
-    angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
-    directions = torch.stack([angles.cos(), angles.sin()], -1)
-    directions = directions / directions.abs().amax(-1, keepdim=True)
-    steps = torch.arange(1, POINTS + 1)
-    return directions[:, None, None] * steps[:, None].expand(LEVELS, -1, 1)
-
-
-def time_call(call: Call, what: str, session: Session) -> Iterator[Timing]:
-    """Ours, the plain operator, and in float32 the public algorithm's stand-in."""
-    rate = session.copy_terabytes_per_second * 1e12
-
-    def timing(kernel: str, seconds: float, moved: int) -> Timing:
-        return Timing(what, kernel, seconds * 1e6, moved / rate / seconds)
-
-    forward = [*call.tensors(), call.grad_output]  # the output is as large as its gradient
-    moved = sum(t.nbytes for t in forward)
-    sums = call.value.numel() * (4 if call.value.dtype == torch.float32 else 4 + 4 + 2)
-    moved_back = moved + sums + call.offsets.nbytes + call.logits.nbytes
+def time_call(call: Call, what: str, rate: float) -> Iterator[Timing]:
+    """Ours and the plain operator; `rate` is that of copying, in bytes a second."""
+    forward, backward = _moved(call)
     flat = [size for shape in SHAPES for size in shape]
     operators = torch.ops.querypatch
     value, references, offsets, logits = call.tensors()
@@ -222,26 +203,55 @@ def time_call(call: Call, what: str, session: Session) -> Iterator[Timing]:
             call.grad_output, value, flat, references, offsets, logits, *needs
         )
 
-    yield timing("forward", smallest_seconds(ours), moved)
-    yield timing("backward", smallest_seconds(lambda: ours_back(False)), moved_back)
-    yield timing("backward, deterministic", smallest_seconds(lambda: ours_back(True)), moved_back)
-    yield timing("plain forward", smallest_seconds(lambda: _plain(call)), moved)
-    if value.dtype == torch.float32:
-        stand_in = ThreadPerChannel(call)
-        stand_in.check(call)
-        yield timing("thread per channel, forward", smallest_seconds(stand_in.forward), moved)
-        yield timing(
-            "thread per channel, backward", smallest_seconds(stand_in.backward), moved_back
-        )
+    def plain() -> Tensor:
+        return plain_attention(value, SHAPES, references, offsets, logits)
+
+    works: tuple[tuple[str, Callable[[], object], int], ...] = (
+        ("forward", ours, forward),
+        ("backward", partial(ours_back, False), backward),
+        ("backward, deterministic", partial(ours_back, True), backward),
+        ("plain forward", plain, forward),
+    )
+    for kernel, work, moved in works:
+        yield _timing(what, kernel, work, moved / rate)
+    traced = [t.detach().requires_grad_() for t in (value, offsets, logits)]
+
+    def plain_both() -> object:
+        out = plain_attention(traced[0], SHAPES, references, *traced[1:])
+        return torch.autograd.grad(out, traced, call.grad_output)
+
+    yield _timing(what, "plain forward and backward", plain_both, (forward + backward) / rate)
 
 
-def _plain(call: Call) -> Tensor:
-    return plain_attention(call.value, SHAPES, call.references, call.offsets, call.logits)
+def time_others(call: Call, what: str, session: Session, public: Path | None) -> Iterator[Timing]:
+    """The kernels that ours is compared with, checked against ours first."""
+    forward, backward = (moved / session.copy_terabytes_per_second / 1e12 for moved in _moved(call))
+    others: list[OtherKernels] = [ThreadPerChannel(call)]
+    if public is not None:
+        others.append(PublicKernels(call, public))
+    for other in others:
+        other.check()
+        yield _timing(what, f"{other.name}, forward", other.forward, forward)
+        yield _timing(what, f"{other.name}, backward", other.backward, backward)
+
+
+def _moved(call: Call) -> tuple[int, int]:
+    """Bytes that a forward and a backward must move, each once."""
+    tensors = [*call.tensors(), call.grad_output]  # the output is as large as its gradient
+    forward = sum(t.nbytes for t in tensors)
+    sums = call.value.numel() * (4 if call.value.dtype == torch.float32 else 4 + 4 + 2)
+    return forward, forward + sums + call.offsets.nbytes + call.logits.nbytes
+
+
+def _timing(what: str, kernel: str, work: Callable[[], object], least_s: float) -> Timing:
+    seconds = smallest_seconds(work)
+    return Timing(what, kernel, round(seconds * 1e6, 2), round(least_s / seconds, 3))
 
 
 def smallest_seconds(work: Callable[[], object], calls: int = 10, replays: int = 20) -> float:
     """Of one call of `work`, whatever Python takes around it left out."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         work()  # compiles, and fills the allocator
     side.synchronize()
@@ -262,36 +272,9 @@ def smallest_seconds(work: Callable[[], object], calls: int = 10, replays: int =
 
 def copy_rate() -> float:
     """Bytes read and written a second by a copy of 1 GiB."""
-    source = torch.empty(1 << 28, device="cuda")
+    source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / smallest_seconds(lambda: target.copy_(source))
-
-
-class Program:
-    """Kernels compiled from a file beside this one, launched on torch's current stream."""
-
-    def __init__(self, name: str) -> None:
-        source = (Path(__file__).parent / name).read_text(encoding="utf-8")
-        major, minor = torch.cuda.get_device_capability()
-        cubin = nvrtc.find_nvrtc().compile(source, major * 10 + minor)
-        torch.cuda.current_stream().synchronize()  # the device's context is there
-        self.driver = ctypes.CDLL("libcuda.so.1")
-        self.module = ctypes.c_void_p()
-        self._check(self.driver.cuModuleLoadData(ctypes.byref(self.module), cubin))
-
-    def launch(self, name: str, blocks: int, threads: int, *arguments: Any) -> None:
-        """`arguments` are ctypes numbers and structures, as the kernel takes them."""
-        function = ctypes.c_void_p()
-        here = ctypes.byref(function)
-        self._check(self.driver.cuModuleGetFunction(here, self.module, name.encode()))
-        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        sizes = (blocks, 1, 1, threads, 1, 1, 0)
-        self._check(self.driver.cuLaunchKernel(function, *sizes, stream, pointers, None))
-
-    def _check(self, status: int) -> None:
-        if status != 0:
-            raise RuntimeError(f"the CUDA driver answered {status}")
 
 
 def time_additions() -> dict[str, float]:
@@ -307,7 +290,7 @@ def time_additions() -> dict[str, float]:
     heads = torch.arange(HEADS, device="cuda")[:, None, None]
     rows = ((images * TOKENS + tokens) * HEADS + heads).flatten().int()
     sums = torch.zeros(BATCH * TOKENS * HEADS * 32, dtype=torch.int64, device="cuda")
-    program = Program("additions.cu")
+    program = Program(beside("additions.cu"))
     found = {}
     for name in ("one", "two", "four", "eight_bfloats", "one_whole"):
         pointers = (ctypes.c_void_p(sums.data_ptr()), ctypes.c_void_p(rows.data_ptr()))
@@ -316,65 +299,8 @@ def time_additions() -> dict[str, float]:
         def add(name: str = name, arguments: tuple[Any, ...] = (*pointers, count)) -> None:
             program.launch(name, 132 * 16, 128, *arguments)
 
-        found[name] = rows.numel() * 32 / smallest_seconds(add) / 1e9
+        found[name] = round(rows.numel() * 32 / smallest_seconds(add) / 1e9, 1)
     return found
-
-
-class _Level(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("rows", "columns", "start")]
-
-
-class _Problem(ctypes.Structure):
-    """As in thread_per_channel.cu."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("value", "locations", "weights", "grad_output")),
-        *((name, ctypes.c_void_p) for name in ("output", "grad_value", "grad_locations")),
-        ("grad_weights", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in ("batch", "tokens", "heads", "channels", "queries")),
-        *((name, ctypes.c_int) for name in ("levels", "points")),
-        ("level", _Level * LEVELS),
-    ]
-
-
-class ThreadPerChannel:
-    """The stand-in for the public algorithm, on a call's locations and weights."""
-
-    def __init__(self, call: Call) -> None:
-        self.program = Program("thread_per_channel.cu")
-        tensors = call.references, call.offsets, call.logits
-        self.locations, self.weights = locations_and_weights(SHAPES, *tensors)
-        self.output = torch.empty_like(call.grad_output)
-        self.grads = [torch.empty_like(t) for t in (call.value, self.locations, self.weights)]
-        given = (call.value, self.locations, self.weights, call.grad_output, self.output)
-        queries = call.offsets.shape[1]
-        levels, start = [], 0
-        for rows, columns in SHAPES:
-            levels.append(_Level(rows, columns, start))
-            start += rows * columns
-        sizes = (BATCH, TOKENS, HEADS, CHANNELS, queries, LEVELS, POINTS)
-        pointers = [t.contiguous().data_ptr() for t in (*given, *self.grads)]
-        self.problem = _Problem(*pointers, *sizes, (_Level * LEVELS)(*levels))
-        self.pairs = BATCH * queries * HEADS
-
-    def forward(self) -> None:
-        """Into `output`."""
-        blocks = -(-self.pairs * CHANNELS // 1024)
-        self.program.launch("forward", blocks, 1024, self.problem)
-
-    def backward(self) -> None:
-        """Into `grads`."""
-        self.grads[0].zero_()
-        self.program.launch("backward", self.pairs, CHANNELS, self.problem)
-
-    def check(self, call: Call) -> None:
-        """Both algorithms compute the same, or the comparison would be of nothing."""
-        self.forward()
-        flat = [size for shape in SHAPES for size in shape]
-        ours = torch.ops.querypatch.fused_deformable_attention(
-            call.value, flat, call.references, call.offsets, call.logits
-        )
-        torch.testing.assert_close(self.output, ours, rtol=1e-3, atol=1e-3)
 
 
 if __name__ == "__main__":

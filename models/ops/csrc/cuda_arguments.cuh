@@ -56,6 +56,14 @@ constexpr int lanes_per_head(int channels, int value_bytes) {
   return even && (lanes & (lanes - 1)) == 0 ? lanes : 0;
 }
 
+// The same in a backward, where a lane has 16 bytes of the float32 sums: what the lanes of a head
+// add with one instruction is one stretch of memory. Halves of 32 bytes take as long as wholes
+// (measured on an H200). Where a head had more lanes than a warp, as in a forward.
+constexpr int lanes_per_head_backward(int channels, int value_bytes) {
+  const int lanes = lanes_per_head(channels, 4);
+  return lanes > 0 ? lanes : lanes_per_head(channels, value_bytes);
+}
+
 // Heads with few lanes are many in a block, and each needs its room in shared memory.
 constexpr int warps_per_block(int lanes_of_a_head) {
   return lanes_of_a_head < max_warps_per_block ? lanes_of_a_head : max_warps_per_block;

@@ -11,24 +11,6 @@
 namespace querypatch {
 namespace cuda {
 
-// Adds `weight` times the lane's channels of g to a cell of the values' gradient.
-template <class Shape, bool whole>
-__device__ __forceinline__ void scatter(void* sums, long long index, typename Shape::Real weight,
-                                        const typename Shape::Real (&g)[Shape::vector],
-                                        const WholeScale& by) {
-  using Real = typename Shape::Real;
-  if constexpr (whole) {
-    add_whole(static_cast<unsigned long long*>(sums), index, weight * g[0], by);
-  } else if constexpr (Shape::vector == 1) {
-    atomicAdd(static_cast<Real*>(sums) + index, weight * g[0]);
-  } else {
-#pragma unroll
-    for (int c = 0; c < Shape::vector; c += 4)
-      add_four(static_cast<float*>(sums) + index + c, weight * g[c], weight * g[c + 1],
-               weight * g[c + 2], weight * g[c + 3]);
-  }
-}
-
 // The four products of a sample, each summed over the lanes of the head, onto the board. Lanes
 // halve the numbers they carry while there is more than one: three shuffles where there were eight.
 template <class Shape>
@@ -110,6 +92,67 @@ __device__ __forceinline__ Head<Shape> head_of(const Arguments& a) {
   return head;
 }
 
+// Adds `weight` times the lane's channels of g, from `channel` on, to a cell of the gradient.
+template <class Shape, bool whole>
+__device__ __forceinline__ void scatter(const Arguments& a, const Head<Shape>& head,
+                                        long long token, int channel,
+                                        typename Shape::Real weight,
+                                        const typename Shape::Real (&g)[Shape::vector]) {
+  using Real = typename Shape::Real;
+  const long long index = head.first_sum + token * head.channels_per_token + channel;
+  if constexpr (whole) {
+    add_whole(static_cast<unsigned long long*>(a.grad_value), index, weight * g[0], head.by);
+  } else if constexpr (Shape::vector == 1) {
+    atomicAdd(static_cast<Real*>(a.grad_value) + index, weight * g[0]);
+  } else {
+#pragma unroll
+    for (int c = 0; c < Shape::vector; c += 4)
+      add_four(static_cast<float*>(a.grad_value) + index + c, weight * g[c], weight * g[c + 1],
+               weight * g[c + 2], weight * g[c + 3]);
+  }
+}
+
+// One addition for all corners of a level's samples that are the same cell: the first of them gets
+// the sum of their weights, the others get none. Adding to memory is what a backward takes its time
+// for; corners outside the level weigh nothing and are no cell's.
+template <class Shape>
+__device__ __forceinline__ void merge_corners(const Place& at, Board<Shape, true>& board) {
+  using Real = typename Shape::Real;
+  const int end = min((at.lane + 1) * Shape::own, Shape::board);
+#pragma unroll 1
+  for (int spot = at.lane * Shape::own; spot < end; spot++) {
+    const int level = spot / Shape::points * Shape::points;
+    const Tokens mine = board.tokens[at.slot][spot];
+    const Corners<Real> given = board.weights[at.slot][spot];
+    Corners<Real> merged = given;
+    bool repeats[4] = {};
+#pragma unroll
+    for (int p = 0; p < Shape::points; p++) {
+      if (level + p == spot) continue;
+      const Tokens other = board.tokens[at.slot][level + p];
+      const Corners<Real> weights = board.weights[at.slot][level + p];
+#pragma unroll
+      for (int d = 0; d < 4; d++) {
+        const int token = weights.corner[d] != Real(0) ? other.corner[d] : -1;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+          if (mine.corner[c] != token) continue;
+          merged.corner[c] += weights.corner[d];
+          repeats[c] = repeats[c] || level + p < spot;
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 4; c++)
+      if (repeats[c] || given.corner[c] == Real(0)) merged.corner[c] = 0;
+    board.dots[at.slot][spot] = merged;  // free as yet
+  }
+  __syncwarp();  // all have read
+  for (int spot = at.lane * Shape::own; spot < end; spot++)
+    board.weights[at.slot][spot] = board.dots[at.slot][spot];
+  __syncwarp();
+}
+
 // The lane's part of a sample's four products, over its channels from `channel` on; scatters too.
 template <class Shape, bool whole>
 __device__ __forceinline__ void visit(const Arguments& a, const Head<Shape>& head, int channel,
@@ -128,9 +171,7 @@ __device__ __forceinline__ void visit(const Arguments& a, const Head<Shape>& hea
 #pragma unroll
     for (int c = 0; c < Shape::vector; c++) dot[corner] = fused(g[c], cell[c], dot[corner]);
     if (scatters && weights.corner[corner] != typename Shape::Real(0))
-      scatter<Shape, whole>(a.grad_value,
-                            head.first_sum + token * head.channels_per_token + channel,
-                            weights.corner[corner], g, head.by);
+      scatter<Shape, whole>(a, head, token, channel, weights.corner[corner], g);
   }
 }
 
@@ -146,11 +187,12 @@ __device__ __forceinline__ void visit_all(const Arguments& a, const Head<Shape>&
   typename Shape::Real dot[4] = {};
   if constexpr (Shape::any) {
     for (int channel = head.at.lane; channel < a.channels; channel += Shape::lanes) {
-      const typename Shape::Real part[1] = {Shape::Value::read(__ldg(head.g + channel))};
-      visit<Shape, whole>(a, head, channel, scatters, where, weights, part, dot);
+      const typename Shape::Real one[1] = {Shape::Value::read(__ldg(head.g + channel))};
+      visit<Shape, whole>(a, head, channel, scatters, where, weights, one, dot);
     }
   } else {
-    visit<Shape, whole>(a, head, head.at.lane * Shape::vector, scatters, where, weights, g, dot);
+    const int channel = head.at.lane * Shape::vector;
+    visit<Shape, whole>(a, head, channel, scatters, where, weights, g, dot);
   }
   write_dots<Shape>(head.at, dot, board.dots[slot][spot]);
 }
@@ -243,6 +285,8 @@ __device__ __forceinline__ void backward(const Arguments& a) {
     const bool finds_mean = attention.wanted && (turn == 0 || !two_turns);
     for (int first = 0; first < samples; first += Shape::board) {
       const int count = write_board<Shape, true>(a, at, first, attention, board, views, own);
+      if constexpr (Shape::merges)
+        if (head.scatters) merge_corners(at, board);
 #pragma unroll(Shape::unroll)
       for (int i = 0; i < (Shape::any ? count : Shape::board); i++)
         visit_all<Shape, whole>(a, head, head.scatters && turn == 1, g, i, board);

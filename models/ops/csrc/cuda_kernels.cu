@@ -23,18 +23,24 @@
 
 // One shape's kernels: QUERYPATCH_FIXED(value, point, weight, channels, levels, points).
 #define QUERYPATCH_FIXED(V, P, W, C, L, N)                                                        \
-  using Fixed_##V##_##P##_##W##_##C##_##L##_##N = Fixed<V, P, W, C, L, N>;                        \
-  QUERYPATCH_SAMPLES(V##_##P##_##W##_##C##_##L##_##N, Fixed_##V##_##P##_##W##_##C##_##L##_##N)
+  using Forward_##V##_##P##_##W##_##C##_##L##_##N =                                               \
+      Fixed<V, P, W, C, L, N, lanes_per_head(C, sizeof(V::Stored))>;                              \
+  using Backward_##V##_##P##_##W##_##C##_##L##_##N =                                              \
+      Fixed<V, P, W, C, L, N, lanes_per_head_backward(C, sizeof(V::Stored))>;                     \
+  QUERYPATCH_SAMPLES(V##_##P##_##W##_##C##_##L##_##N, Forward_##V##_##P##_##W##_##C##_##L##_##N,  \
+                     Backward_##V##_##P##_##W##_##C##_##L##_##N)
 
-#define QUERYPATCH_SAMPLES(NAME, SHAPE)                                                           \
-  extern "C" QUERYPATCH_SAMPLING(SHAPE) forward_##NAME(const Arguments a) { forward<SHAPE>(a); }   \
-  extern "C" QUERYPATCH_SAMPLING(SHAPE) backward_##NAME(const Arguments a) {                      \
-    backward<SHAPE, false>(a);                                                                    \
+#define QUERYPATCH_SAMPLES(NAME, FORWARD, BACKWARD)                                               \
+  extern "C" QUERYPATCH_SAMPLING(FORWARD) forward_##NAME(const Arguments a) {                     \
+    forward<FORWARD>(a);                                                                          \
+  }                                                                                               \
+  extern "C" QUERYPATCH_SAMPLING(BACKWARD) backward_##NAME(const Arguments a) {                   \
+    backward<BACKWARD, false>(a);                                                                 \
   }
 
 // The kernels of a type of values that take any shape, and those that finish a backward.
 #define QUERYPATCH_ANY(V)                                                                         \
-  QUERYPATCH_SAMPLES(V, Any<V>)                                                                   \
+  QUERYPATCH_SAMPLES(V, Any<V>, Any<V>)                                                           \
   extern "C" QUERYPATCH_SAMPLING(Any<V>) backward_whole_##V(const Arguments a) {                  \
     backward<Any<V>, true>(a);                                                                    \
   }                                                                                               \

@@ -107,15 +107,17 @@ bool aligned(std::initializer_list<const void*> pointers) {
   return true;
 }
 
-int32_t fixed_lanes(const Problem& p) {
+int32_t fixed_lanes(const Problem& p, bool forward) {
   const int value_bytes = static_cast<int>(bytes_of(p.value_type));
-  return cuda::lanes_per_head(static_cast<int>(p.channels), value_bytes);
+  const int channels = static_cast<int>(p.channels);
+  return forward ? cuda::lanes_per_head(channels, value_bytes)
+                 : cuda::lanes_per_head_backward(channels, value_bytes);
 }
 
 // Whether a kernel for these very numbers can be: see Fixed in cuda_sampling.cuh.
 bool can_be_fixed(const Problem& p) {
   return p.value_type != Number::float64 && samples_of(p) <= cuda::max_fixed_samples &&
-         fixed_lanes(p) > 0;
+         fixed_lanes(p, true) > 0;
 }
 
 // "forward" or "backward": the kernel for these numbers where it can be had, else the one for any.
@@ -131,7 +133,7 @@ Kernel kernel_of(const Problem& p, const std::string& what, bool fixed, int32_t 
     }
     std::string why;  // whoever refuses to compile says so in the log
     if (void* function = cuda::find_kernel(device, name, from, why))
-      return {function, fixed_lanes(p)};
+      return {function, fixed_lanes(p, what == "forward")};
   }
   return {kernel_for_any(device, what, p.value_type), cuda::lanes_per_warp};
 }

@@ -12,14 +12,15 @@ Types = tuple[torch.dtype, torch.dtype, torch.dtype]
 
 FIXED: tuple[tuple[Types, int, int, int], ...] = (
     ((f32, f32, f32), 32, 4, 4),  # 8 lanes of 2 samples
-    ((bf16, bf16, bf16), 32, 4, 4),  # 4 lanes, each with a level
+    ((bf16, bf16, bf16), 32, 4, 4),  # 4 lanes, each with a level; 8 in a backward
     ((bf16, f32, bf16), 64, 4, 4),
-    ((f16, f16, f16), 16, 2, 3),  # 2 lanes of 3 samples
-    ((f16, f32, f32), 8, 3, 2),  # one lane with three levels
+    ((f16, f16, f16), 16, 2, 3),  # 2 lanes of 3 samples; 4 in a backward, some without any
+    ((f16, f32, f32), 8, 3, 2),  # one lane with three levels; 2 in a backward
     ((f32, f32, f32), 16, 3, 3),  # 4 lanes of 3 samples: the last lane has none
     ((f32, f32, f32), 16, 5, 2),  # 4 lanes of 3 samples: the last one is not full
     ((f32, f32, f32), 128, 2, 2),  # 32 lanes for 4 samples
     ((f32, f32, f32), 4, 2, 1),  # one lane
+    ((f16, f16, f16), 256, 1, 4),  # 32 lanes of 8 channels, in a backward too
 )
 """Types of value, points and weights; channels; levels; points."""
 
