@@ -245,6 +245,7 @@ def test_autocast_does_not_reach_the_colours(patches: Patches) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_gpu_agrees_with_the_cpu_without_being_waited_for(patches: Patches) -> None:
     draws = draw_colours(ColourSettings(), len(patches), sample_generator(4, 5, 6))
     packed = torch.from_numpy(pack_draws(draws))

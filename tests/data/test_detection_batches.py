@@ -125,6 +125,7 @@ def test_the_packed_batch_is_not_changed_by_its_way_to_the_device() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_pinned_batch_comes_to_a_gpu_without_waiting_for_it() -> None:
     expected = detection_to_device(packed(FIVE, ONE_SHOT_PANOPTIC), CPU)
     pinned = join_detection([packed(FIVE, ONE_SHOT_PANOPTIC)], pin=True)
