@@ -21,7 +21,8 @@ Store = Literal["disk", "objects"]
 _WORKERS = (1, 1, 2, 2, 3)
 _LATEST = 6
 """Updates of an attempt before which its faults happen."""
-_FILES = ("model.safetensors", "state.pt", "manifest.json", "metrics.jsonl", "recipe.yaml")
+_OF_CHECKPOINTS = ("model.safetensors", "state.pt", "manifest.json")
+_OF_STARTS = ("metrics.jsonl", "recipe.yaml", "environment.json")
 
 
 @dataclass(frozen=True)
@@ -275,8 +276,9 @@ def _ending(dice: _Dice, store: Store, loaders: int, workers: int) -> Fault:
     endings: list[Fault] = [
         Kill(worker, update, everybody=False),
         Kill(worker, update, everybody=True),
-        KillAtFile(dice.one_of(_FILES), 1 + dice.below(2), dice.one_of(moments)),
-        KillAtFile(dice.one_of(_FILES[:3]), 1 + dice.below(2), dice.one_of(moments)),
+        KillAtFile(dice.one_of(_OF_STARTS), 1, dice.one_of(moments)),
+        KillAtFile(dice.one_of(_OF_CHECKPOINTS), 1 + dice.below(2), dice.one_of(moments)),
+        KillAtFile(dice.one_of(_OF_CHECKPOINTS), 1 + dice.below(2), dice.one_of(moments)),
         Terminate(update, None),
         Terminate(update, dice.one_of((0.05, 0.2, 0.5))),
         AskToStop(update),
