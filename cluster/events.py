@@ -7,6 +7,7 @@ every call of an actor is either not waited for or bounded.
 """
 
 import logging
+import textwrap
 import time
 from typing import Any
 
@@ -144,8 +145,10 @@ def _loss(error: TrainingFailedError) -> Happening:
 
 
 def _first_line(error: BaseException) -> str:
+    """Of a dead process what Ray knows of its end, which stands further down."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    told = [line for line in lines if line.startswith("The actor is dead because")] or lines
+    return textwrap.shorten(told[0], 240, placeholder=" ...") if told else type(error).__name__
 
 
 def _count(number: int, noun: str) -> str:

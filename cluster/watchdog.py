@@ -3,7 +3,8 @@
 A deadlock in a collective, a read that never returns, a stuck driver of a GPU: nothing raises, and
 nobody notices for hours. Every step and every batch of an evaluation is a sign of life; after
 `limit_s` without one the stacks of all threads go to the log, one line to the run's history, and
-the process ends, so that the group starts again from the newest checkpoint. Where even Python
+the process ends, so that the group starts again from the newest checkpoint. Before the first sign
+it may take longer: weights are loaded, a model compiled, the others waited for. Where even Python
 stands still (code that keeps its lock), a timer of the interpreter does the same without the line.
 """
 
@@ -25,6 +26,9 @@ EXIT_STATUS = 70
 
 _STDERR = 2
 """The log of a worker, whatever Python's own streams became."""
+
+BEFORE_FIRST = 4
+"""How many times as long the first sign of life may take."""
 
 RESERVE_S = 30.0
 """How much later the interpreter's own timer strikes."""
@@ -49,13 +53,15 @@ class Watchdog:
         self._over = threading.Event()
         self._watched = 0
         self._step = 0
+        self._allowed_s = limit_s * BEFORE_FIRST
         self._beaten_at = self._armed_at = clock()
 
     def beat(self, step: int) -> None:
         """A sign of life after `step` updates."""
+        is_first, self._allowed_s = self._allowed_s != self._limit_s, self._limit_s
         self._step = step
         self._beaten_at = now = self._clock()
-        if now - self._armed_at >= self._limit_s / 10:
+        if is_first or now - self._armed_at >= self._limit_s / 10:
             self._arm(now)
 
     def __enter__(self) -> Self:
@@ -76,13 +82,13 @@ class Watchdog:
 
     def _arm(self, now: float) -> None:
         self._armed_at = now
-        after_s = self._limit_s * 1.1 + RESERVE_S
+        after_s = self._allowed_s + self._limit_s / 10 + RESERVE_S
         faulthandler.dump_traceback_later(after_s, exit=True, file=_STDERR)
 
     def _watch(self) -> None:
         while not self._over.wait(min(5.0, self._limit_s / 10)):
             silent_s = self._clock() - self._beaten_at
-            if silent_s >= self._limit_s:
+            if silent_s >= self._allowed_s:
                 self._report(silent_s)
                 self._end(EXIT_STATUS)
                 return

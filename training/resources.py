@@ -42,7 +42,8 @@ class Resources(Settings):
     """CPU cores reserved for each worker and its loader processes."""
     max_pictures_per_pass: int | None = Field(default=None, ge=1)
     """Pictures that a worker computes at once; where its part of a batch is larger it makes several
-    passes, whose update is the same. Null computes its whole part at once.
+    passes, whose update is the same. Null computes its whole part at once; with a range of workers
+    as many as each has when all are there, so that fewer workers need no more memory.
     """
     max_restarts: int = Field(default=3, ge=0)
     """Times in a row that lost workers start again without getting to a new checkpoint, before the
@@ -52,7 +53,7 @@ class Resources(Settings):
     """Seconds between two looks for more machines, where workers is a range."""
     hang_minutes: float | None = Field(default=15.0, gt=0)
     """Minutes without any progress after which a worker is taken for hung and ends, so that the
-    group starts again; null waits for ever.
+    group starts again; four times as many before its first step; null waits for ever.
     """
     preemption_grace_s: float = Field(default=0.0, ge=0)
     """Seconds that the other workers go on after a machine's announced end, for a checkpoint that

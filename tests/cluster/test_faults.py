@@ -19,7 +19,7 @@ def test_a_run_outlives_a_killed_a_hung_and_a_leaving_worker_grows_again_and_sto
     tmp_path: Path, ray_nodes: RayNodes
 ) -> None:
     leaving, _ = ray_nodes.have_nodes(2)
-    told = ("resources.workers=1..2", "resources.hang_minutes=0.1")
+    told = ("resources.workers=1..2", "resources.hang_minutes=0.15")
     with Story(tmp_path, ray_nodes, *told) as story:
         _go_through(story, ray_nodes, leaving)
 

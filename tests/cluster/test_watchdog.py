@@ -26,6 +26,7 @@ from cluster.watchdog import Watchdog
 
 cluster.watchdog.RESERVE_S = 0.0
 with Watchdog(0.5, lambda text, step: print(step, text, flush=True)) as dog:
+    dog.beat(1)
     ctypes.PyDLL(None).sleep(60)
 """
 
@@ -55,6 +56,16 @@ def test_signs_of_life_keep_it_quiet_and_the_end_of_the_block_lets_it_go() -> No
             time.sleep(0.05)
     assert not ended.wait(0.7)
     assert told == []
+
+
+def test_the_first_sign_of_life_may_take_four_times_as_long() -> None:
+    told: list[str] = []
+    with Watchdog(0.1, lambda text, step: told.append(text), lambda status: None) as dog:
+        time.sleep(0.25)
+        assert told == []
+        dog.beat(1)
+        time.sleep(0.4)
+    assert len(told) == 1
 
 
 def _run(code: str) -> "subprocess.CompletedProcess[str]":
