@@ -8,15 +8,13 @@ off what was recorded after its checkpoint: the record is one continuous story.
 import json
 import logging
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
+from training.appending import Curves, LineFile
 from training.run_folder import RunFolder
 from training.uploads import Uploads
 
@@ -96,9 +94,8 @@ class Journal:
         lines = _continue_metrics(folder, self._home / METRICS, start_step)
         self.evaluated_steps = {_step(line) for line in lines if line.get("kind") == "evaluation"}
         """Steps whose evaluation is on record."""
-        self._lines = (self._home / METRICS).open("a", encoding="utf-8")
-        # TensorBoard hides what an earlier start recorded from this step on.
-        self._curves = SummaryWriter(str(self._home / EVENTS), purge_step=start_step + 1)
+        self._lines = LineFile(self._home / METRICS)
+        self._curves = Curves(self._home / EVENTS, start_step + 1)
 
     def write_steps(self, record: StepRecord) -> None:
         """Records the steps since the last record."""
@@ -123,7 +120,8 @@ class Journal:
         """Brings a remote run's record up to date in the background; a local one always is."""
         self._published_at = self._clock()
         if self._spool is None:
-            os.fsync(self._lines.fileno())
+            self._lines.sync()
+            self._curves.flush()
             return
         if self._is_queued:
             return
@@ -140,14 +138,13 @@ class Journal:
             shutil.rmtree(self._spool)
 
     def _write(self, content: Mapping[str, object]) -> None:
-        self._lines.write(json.dumps(_without_nan(content), allow_nan=False) + "\n")
-        self._lines.flush()
+        self._lines.add(json.dumps(_without_nan(content), allow_nan=False))
         if self._clock() - self._published_at >= self._publish_every_s:
             self.publish()
 
     def _draw(self, numbers: Mapping[str, float | int], step: int) -> None:
         for name, value in numbers.items():
-            self._curves.add_scalar(name, value, step)
+            self._curves.add(name, value, step)
 
     def _publish_now(self) -> None:
         # From here on a new call queues again: its lines may come too late for the copy below.
