@@ -51,7 +51,7 @@ def memory_checks(bench: Bench, seat: Seat) -> Iterator[Check]:
     """
     recipe = bench.kit.recipe
     share = pictures_of_worker(recipe.global_batch, recipe.resources.min_workers)
-    count = min(share, recipe.resources.max_pictures_per_pass or share)
+    count = min(share, recipe.pictures_per_pass or share)
     batch = bench.kit.batch(min(count, _CPU_TRIED) if seat.device.type == "cpu" else count)
     largest = padded(batch, largest_shape(recipe))
     if seat.device.type == "cuda":

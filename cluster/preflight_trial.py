@@ -117,7 +117,7 @@ class Bench:
             clip_norm=recipe.optimiser.clip_norm,
             seed=recipe.seed,
             world=self._world,
-            max_pictures_per_pass=per_pass or recipe.resources.max_pictures_per_pass,
+            max_pictures_per_pass=per_pass or recipe.pictures_per_pass,
         )
         around = Surroundings(checkpoints=_Nowhere(), clock=time.monotonic, stop=until)
         try:

@@ -49,7 +49,7 @@ def evaluate_held_out(
     count = min(recipe.data.held_out_pictures, index.num_samples)
     ids = range(world.rank, count, world.size)
     part = max(1, recipe.global_batch // world.size)
-    batch_size = min(part, recipe.resources.max_pictures_per_pass or part)
+    batch_size = min(part, recipe.pictures_per_pass or part)
     results: list[PictureResult] = []
     sums: dict[str, float] = {}
     reading = recipe.data.stream.reading

@@ -76,6 +76,14 @@ class RunRecipe(Settings):
                 )
         return self
 
+    @property
+    def pictures_per_pass(self) -> int | None:
+        """Pictures that a worker computes at once; None for its whole part of a batch."""
+        resources = self.resources
+        if resources.max_pictures_per_pass is None and resources.is_elastic:
+            return -(-self.global_batch // resources.max_workers)
+        return resources.max_pictures_per_pass
+
     def check_workers(self) -> None:
         """Raises ValueError where workers would be without a picture."""
         if self.resources.max_workers > self.global_batch:

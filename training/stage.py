@@ -113,7 +113,7 @@ def train_stage(stage: Stage[B], host: Host) -> Position:
             clip_norm=recipe.optimiser.clip_norm,
             seed=recipe.seed,
             world=world,
-            max_pictures_per_pass=recipe.resources.max_pictures_per_pass,
+            max_pictures_per_pass=recipe.pictures_per_pass,
         )
         return train(job, _surroundings(stage, host, start, plan, stack), start)
 

@@ -30,8 +30,8 @@ TOLD = (
 )  # fmt: skip
 CASES = {
     "one": (1, ()),
-    "two in passes": (2, ("resources.max_pictures_per_pass=1",)),
-    "three": (3, ()),
+    "two": (2, ()),
+    "three in passes": (3, ("resources.max_pictures_per_pass=1",)),
 }
 
 

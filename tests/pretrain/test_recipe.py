@@ -106,7 +106,8 @@ def test_a_recipe_without_run_and_shards_names_both_and_then_the_weights() -> No
 
 def test_an_unknown_recipe_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(
-        RecipeError, match=r"'imagnet' is neither a file nor one of deformable_tiny_cpu, "
+        RecipeError,
+        match=r"'imagnet' is neither a file nor one of chaos_cpu, deformable_tiny_cpu, ",
     ):
         recipe_of("imagnet", SAID)
 
@@ -116,9 +117,28 @@ def test_queries_that_patches_cannot_share_evenly_are_refused() -> None:
         recipe_of("imagenet_r50", [*SAID, "queries.num_patches=7"])
 
 
-def test_more_workers_than_pictures_in_a_batch_are_refused() -> None:
-    with pytest.raises(RecipeError, match="use fewer workers"):
-        recipe_of("tiny_cpu", [*SAID, "resources.workers=17"])
+@pytest.mark.parametrize("workers", ["17", "2..17"])
+def test_more_workers_than_pictures_in_a_batch_are_refused(workers: str) -> None:
+    with pytest.raises(RecipeError, match=f"resources.workers={workers} are more"):
+        recipe_of("tiny_cpu", [*SAID, f"resources.workers={workers}"])
+
+
+@pytest.mark.parametrize(
+    ("told", "pictures"),
+    [
+        ("resources.workers=3", None),
+        ("resources.workers=2..3", 6),
+        ("resources={workers: 2..3, max_pictures_per_pass: 4}", 4),
+        ("resources={workers: 3, max_pictures_per_pass: 4}", 4),
+    ],
+)
+def test_fewer_workers_of_a_range_need_no_more_memory(told: str, pictures: int | None) -> None:
+    assert recipe_of("tiny_cpu", [*SAID, "global_batch=16", told]).pictures_per_pass == pictures
+
+
+def test_workers_that_are_neither_number_nor_range_are_named_with_their_key() -> None:
+    with pytest.raises(RecipeError, match=r"resources.workers: .*say e\.g\. 4 or 2\.\.8"):
+        recipe_of("tiny_cpu", [*SAID, "resources.workers=2-8"])
 
 
 def test_a_recipe_is_shown_with_null_for_what_only_its_user_knows() -> None:
