@@ -16,10 +16,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
+from data.detection_set import SetKind
+from finetune.export import ExportFormat
+from finetune.predict import Device
 from models.settings import Settings
 from training.recipe import RecipeError, load_recipe, override, parse_recipe
 from training.run_recipe import absolute
@@ -57,13 +59,13 @@ class EvaluateStage(Settings):
     """The weights: an earlier stage, or a path or URL."""
     data: str
     """The labelled set."""
-    kind: Literal["shards", "coco", "coco_panoptic", "voc", "yolo"] | None = None
+    kind: SetKind | None = None
     """What `data` is; null finds it out."""
     pictures: str | None = None
     """Folder of the pictures of a COCO json that does not lie beside them."""
     set: tuple[str, ...] = ()
     """Overrides KEY=VALUE of the evaluation."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
 
 class ExportStage(Settings):
@@ -71,7 +73,7 @@ class ExportStage(Settings):
 
     export: str
     """The weights: an earlier stage, or a path or URL."""
-    format: Literal["querypatch", "detr", "hf", "onnx"] = "querypatch"
+    format: ExportFormat = "querypatch"
     """Whose names and files."""
 
 

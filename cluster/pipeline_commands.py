@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
@@ -113,7 +112,7 @@ class _Run:
 
 def _run_of(stage: Stage, pipeline: Pipeline) -> _Run | None:
     """The run of a stage; RecipeError for mistakes in its recipe."""
-    kind: Literal["pretrain", "finetune"]
+    kind: StageName
     match stage.settings:
         case PretrainStage(pretrain=name, set=told):
             kind = "pretrain"

@@ -67,14 +67,16 @@ def test_a_run_is_begun_resumed_and_looked_at(pictures: Path, tmp_path: Path) ->
     call("shards", "write", pictures, tmp_path / "s")
     (tmp_path / "own.yaml").write_text(RECIPE)
     run, shards = tmp_path / "run", f"data.shards={tmp_path / 's'}"
-    said = call("pretrain", tmp_path / "own.yaml", f"run={run}", shards, "--local")
-    assert "step 6/6" in said
+    begin = ("pretrain", tmp_path / "own.yaml", f"run={run}", shards, "--local")
+    assert "step 6/6" in call(*begin)
+    assert f"{run}: finished (pretrain)\n  step        6 of 6" in call("status", run)
+    assert f"{run} is not running: finished at step 6" in call("stop", run)
     assert (run / "checkpoints/step_000006/manifest.json").is_file()
     call("resume", run, "--local", "resources.workers=1")
     call("show", "patches", run, "-o", tmp_path / "drawn.png", "--count", 2)
     assert (tmp_path / "drawn.png").stat().st_size > 10_000
-    said = call("pretrain", tmp_path / "own.yaml", f"run={run}", shards, "--local", status=1)
-    assert "holds a run already" in said
+    call(*begin, "--continue")
+    assert "holds a run already" in call(*begin, status=1)
 
 
 def test_a_detector_is_finetuned_judged_used_and_exported(tmp_path: Path) -> None:
@@ -128,6 +130,11 @@ def test_recipes_are_listed_shown_and_described() -> None:
         (("weights", "show", "/no/such/weights"), "/no/such/weights holds no weights"),
         (("data", "check", "/no/such/set"), "/no/such/set"),
         (("show", "data", "/no/such/set"), "/no/such/set"),
+        (("status", "/no/such/run"), "/no/such/run holds no run"),
+        (("stop", "/no/such/run"), "/no/such/run holds no run"),
+        (("pipeline", "/no/such/file"), "is neither the YAML file of a pipeline nor a folder"),
+        (("submit", "tiny_cpu", "--address", "http://h:1"), "say pretrain/tiny_cpu or finetune/"),
+        (("logs", "a-1", "--address", "head"), "--address head is no http://HEAD:8265"),
         (("recipe", "show", "tiny_cpu"), "say pretrain/tiny_cpu or finetune/tiny_cpu"),
     ],
 )

@@ -1,0 +1,149 @@
+"""Jobs on a real cluster with tokens: submitted, followed, refused, stopped, resumed by URL."""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import querypatch
+from cluster import jobs
+from cluster.jobs_api import connect
+from cluster.orders import start_order
+from tests.cluster.ray_nodes import RayNodes
+from tests.pretrain.small_run import RECIPE, small_shards
+from training.checkpoint import newest_checkpoint
+from training.metrics import read_metrics
+from training.run_folder import open_run_folder
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    # Ray's own client says it.
+    pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),
+]
+
+TOKEN = "5" * 64
+PATIENCE_S = 200
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """The Jobs API of a head with two CPUs that asks for a token."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with RayNodes(token=TOKEN, env={"PATH": path}) as nodes:
+        nodes.start_head(num_cpus=2)
+        yield nodes.jobs_url
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("submitted")
+    small_shards(place)
+    (place / "own.yaml").write_text(f"stage: pretrain\n{RECIPE}")
+    return place
+
+
+@pytest.fixture(autouse=True)
+def _token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+
+
+def call(*words: object, status: int = 0) -> str:
+    """What a command says, on both streams."""
+    done = CliRunner().invoke(querypatch.app, [str(word) for word in words])
+    assert done.exit_code == status, done.output
+    return done.output
+
+
+def test_without_the_token_nothing_is_told(
+    address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    assert "asks for a token" in call("jobs", "--address", address, status=1)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "6" * 64)
+    assert "does not take this token" in call("jobs", "--address", address, status=1)
+
+
+def test_a_job_is_checked_submitted_followed_and_listed(address: str, place: Path) -> None:
+    run = place / "followed"
+    told = (f"run={run}", f"data.shards={place / 'shards'}", "loop.steps=4")
+    said = call("submit", place / "own.yaml", *told, "--address", address, "--follow")
+    assert "followed-1\n" in said
+    assert "step 4/4" in said
+    assert said.count("step 4/4") == call("logs", "followed-1", "--address", address).count(
+        "step 4/4"
+    )
+    listed = [line.split() for line in call("jobs", "--address", address).splitlines()]
+    assert [(line[0], line[1], line[-1]) for line in listed if line[0] == "followed-1"] == [
+        ("followed-1", "SUCCEEDED", str(run))
+    ]
+    assert f"{run}: finished" in call("status", "followed-1", "--address", address)
+
+
+def test_of_two_jobs_on_one_run_one_is_refused_and_the_other_stops_and_resumes(
+    address: str, place: Path
+) -> None:
+    """Both are started at once; a third is refused before it starts."""
+    client, run = connect(address), place / "contested"
+    folder = open_run_folder(str(run))
+    told = [f"run={run}", f"data.shards={place / 'shards'}", "loop.steps=100000"]
+    order = start_order(str(place / "own.yaml"), told)
+    ids = list[str]()
+    threads = [
+        threading.Thread(target=lambda: ids.append(jobs.submit(client, order, {})))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(ids) == ["contested-1", "contested-2"]
+
+    _wait(lambda: any(jobs.find_job(client, id).status.is_terminal() for id in ids), "a refusal")
+    (loser,) = [id for id in ids if jobs.find_job(client, id).status.is_terminal()]
+    (winner,) = set(ids) - {loser}
+    assert f"is being written by job {winner} on" in client.get_job_logs(loser)
+    _wait(lambda: newest_checkpoint(folder) is not None, "a checkpoint")
+    said = call("submit", place / "own.yaml", *told, "--address", address, status=1)
+    assert f"is being written by job {winner} on this cluster" in said
+
+    status = json.loads(call("status", run, "--json"))
+    assert (status["state"], status["workers"]) == ("running", 1)
+    assert status["writer"].startswith(f"job {winner} on ")
+    assert f"{run}: stopped at step" in call("stop", run)
+    ended = jobs.wait_for_end(client, winner, PATIENCE_S)
+    assert ended is not None
+    assert jobs.succeeded(ended)
+    stopped = _last_step(run)
+
+    assert call("resume", run, "--address", address).splitlines()[0] == "contested-3"
+    _wait(lambda: _last_step(run) > stopped, "a step after the resume")
+    # Ray's own way to end a job: it has 30 s for its checkpoint, not Ray's 3.
+    assert "job contested-3 STOPPED" in call("stop", run, "--now", "--address", address)
+    newest = newest_checkpoint(folder)
+    assert newest is not None
+    assert newest.step == _last_step(run) > stopped
+    steps = [line["step"] for line in read_metrics(folder) if line["kind"] == "train"]
+    assert steps == list(range(1, newest.step + 1))
+
+
+def _last_step(run: Path) -> int:
+    records = [line for line in read_metrics(open_run_folder(str(run))) if line["kind"] == "train"]
+    step = records[-1]["step"] if records else 0
+    assert isinstance(step, int)
+    return step
+
+
+def _wait(is_there: object, what: str) -> None:
+    assert callable(is_there)
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_there():
+        assert time.monotonic() < deadline, f"no {what} in {PATIENCE_S} s"
+        time.sleep(0.2)
