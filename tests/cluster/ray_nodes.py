@@ -11,6 +11,7 @@ A node is `ray start --block`: SIGKILL of its tree is a lost machine, SIGTERM on
 a head (fixture `ray_nodes`) and ask for the workers' nodes they need with `have_nodes`.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ from cluster.processes import kill_tree
 from tests.cluster.networks import Host
 
 _START_S = 120
+_PR_SET_PDEATHSIG = 1
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 _STORE_BYTES = 80 << 20
 """Of each node's object store: Ray takes no less than 75 MiB."""
@@ -182,6 +184,7 @@ class RayNodes:
                 stderr=told,
                 env=self._environment(),
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         node = RayNode(name, process, log)
         self._count += 1
@@ -211,6 +214,11 @@ class RayNodes:
             if node.process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"node {node.name} did not start:\n{node.log.read_text()[-2000:]}")
             time.sleep(0.2)
+
+
+def _end_with_parent() -> None:
+    """SIGTERM to this process when the tests' own is gone, however that ended (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_ports(count: int) -> list[int]:
