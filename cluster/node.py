@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal, assert_never
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ METADATA: dict[Cloud, str] = {
 GCP_NOTICE_S = 25
 """Seconds left when Google Cloud says so: it promises 30."""
 
+_NO_WORK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
 POLL_S = 2.0
 ANSWER_S = 5
 """Seconds between two questions, and that an answer may take."""
@@ -37,19 +40,28 @@ class NodeError(RuntimeError):
     """What could not be asked or told; one line with the way out."""
 
 
+def work_here(processes: Path = Path("/proc")) -> bool:
+    """Whether a process of this machine, or of this container, does work that Ray gave it.
+
+    Ray writes into a process's title what it does: its own agents, or `ray::IDLE`, or our worker.
+    """
+    return any(_is_work(file) for file in processes.glob("[0-9]*/cmdline"))
+
+
 def drain_node(
     deadline_s: int,
     address: str = "auto",
     node_id: str | None = None,
+    at_work: Callable[[], bool] = work_here,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Tells Ray that a node ends in `deadline_s` seconds, and returns when they are over.
+    """Tells Ray that a node ends in `deadline_s` seconds, and returns when they are over, or when
+    there is no work on it any more.
 
     `node_id` None is the node of this machine. Nothing new is placed on a draining node, and
-    a run on it is told. An idle one ends at once, and with it the container that waits here.
-    Raises NodeError where Ray cannot be told.
+    a run on it is told. Raises NodeError where Ray cannot be told.
     """
-    began = time.monotonic()
+    ends = time.monotonic() + deadline_s
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the node goes"]
     command += ["--deadline-remaining-seconds", str(deadline_s)]
@@ -64,7 +76,16 @@ def drain_node(
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         raise NodeError(f"Ray could not be told that this node goes: {said[-1] if said else '?'}")
     logger.info("Ray knows that this node goes in %d s", deadline_s)
-    sleep(max(0.0, deadline_s - (time.monotonic() - began)))
+    while time.monotonic() < ends and at_work():
+        sleep(1.0)
+
+
+def _is_work(file: Path) -> bool:
+    try:
+        title = file.read_bytes().decode(errors="replace")
+    except OSError:
+        return False
+    return title.startswith("ray::") and not title.startswith(_NO_WORK)
 
 
 def wait_for_notice(
