@@ -17,7 +17,7 @@ import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.jobs_api import JobsError, in_one_line
-from cluster.packaging import shipped_code
+from cluster.packaging import shipped_code, shipped_environment
 from cluster.writing import JOB
 from models.artefact import querypatch_version
 
@@ -63,7 +63,8 @@ def submit(
     name = job_name(order.name)
     folder = str(shipped_code(order.files))
     entrypoint = shlex.join(["exec", "python", "-m", "querypatch", *order.words])
-    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **environment}
+    ours = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **shipped_environment()}
+    variables = {**ours, **environment}
     runtime_env: dict[str, Any] = {"working_dir": folder, **({"pip": list(pins)} if pins else {})}
     metadata = {"querypatch": querypatch_version(), **({RUN: order.run} if order.run else {})}
     with in_one_line(url):

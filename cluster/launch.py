@@ -21,7 +21,7 @@ from rich.console import Console
 
 from cluster.board import Board, Message, Taken
 from cluster.events import RayEvents
-from cluster.packaging import shipped_code
+from cluster.packaging import shipped_code, shipped_environment
 from cluster.stages import Recipe
 from cluster.storage import forget_ray_record, ray_storage
 from cluster.witness import Witness
@@ -267,4 +267,6 @@ def _ray_settings(resources: Resources) -> Iterator[None]:
 
 def _code() -> dict[str, Any]:
     """Our code for the workers; a job that was submitted has brought it with it already."""
-    return {} if SUBMITTED in os.environ else {"working_dir": str(shipped_code())}
+    if SUBMITTED in os.environ:
+        return {}
+    return {"working_dir": str(shipped_code()), "env_vars": shipped_environment()}

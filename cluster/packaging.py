@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from training.record import COMMIT, code_commit
+
 FLOORS = ("models", "data", "training", "pretrain", "finetune", "cluster")
 """The packages of the house; a test holds them to pyproject.toml."""
 
@@ -43,6 +45,12 @@ def shipped_code(extras: Mapping[str, bytes] | None = None) -> Path:
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(content)
     return folder
+
+
+def shipped_environment() -> dict[str, str]:
+    """Variables that go with the code: the commit that it is of, where there is one."""
+    commit = code_commit()
+    return {COMMIT: commit} if commit else {}
 
 
 def code_files(root: Path) -> Iterator[Path]:

@@ -28,6 +28,8 @@ from training.world import World
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
+COMMIT = "QUERYPATCH_COMMIT"
+"""Variable that tells code which was sent elsewhere without its repository where it is from."""
 
 _PACKAGES = ("querypatch", "torch", "torchvision", "numpy", "ray", "webdataset", "fsspec")
 
@@ -45,7 +47,7 @@ class Environment:
     packages: dict[str, str]
     """Versions; what is not installed is left out."""
     commit: str | None
-    """Of the checkout that the code runs from, with + where files were changed; null without."""
+    """Of the checkout that the code is from, with + where files were changed; null without."""
 
 
 def begin_record(folder: RunFolder, recipe: Settings, start_step: int, world: World) -> None:
@@ -109,8 +111,13 @@ def current_environment(start_step: int, world: World) -> Environment:
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()}",
         packages={name: found for name in _PACKAGES if (found := _version(name))},
-        commit=_commit(Path(__file__).parent),
+        commit=code_commit(),
     )
+
+
+def code_commit() -> str | None:
+    """Of the checkout that this code runs from, or that it was sent from (`QUERYPATCH_COMMIT`)."""
+    return os.environ.get(COMMIT) or _commit(Path(__file__).parent)
 
 
 def _earlier_starts(folder: RunFolder) -> list[object]:

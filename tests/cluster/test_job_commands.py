@@ -17,6 +17,7 @@ from cluster.packaging import EXTRAS
 from tests.cluster.jobs_server import TOKEN, JobsServer, doctor_says, serving
 from tests.pretrain.small_run import RECIPE
 from training.recipe import parse_recipe
+from training.record import code_commit
 
 # Ray's own client says it.
 pytestmark = pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")
@@ -62,6 +63,7 @@ def test_a_submitted_job_is_our_code_and_its_recipe_and_nothing_else(
     variables = job["runtime_env"]["env_vars"]
     assert variables["AWS_ENDPOINT_URL"] == "http://store:9000"
     assert (variables["QUERYPATCH_JOB"], variables["RAY_JOB_STOP_WAIT_TIME_S"]) == ("a-1", "30")
+    assert variables.get("QUERYPATCH_COMMIT") == code_commit()
     package = job["runtime_env"]["working_dir"].rpartition("/")[2]
     files = zipfile.ZipFile(io.BytesIO(server.packages[package]))
     names = {name for name in files.namelist() if not name.endswith("/")}
@@ -71,6 +73,16 @@ def test_a_submitted_job_is_our_code_and_its_recipe_and_nothing_else(
     assert (sent["run"], sent["queries"]) == ("s3://bucket/runs/a", {"num_patches": 3})
     assert "ema" not in sent
     assert TOKEN not in str(server.jobs)
+
+
+def test_paths_in_a_recipe_for_another_machine_are_told(
+    server: JobsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.job_commands.is_this_machine", lambda _: False)
+    (tmp_path / "own.yaml").write_text(RECIPE)
+    words = ("run=runs/b", "data.shards=s3://s", "--no-check", "--address", server.url)
+    said = call("submit", tmp_path / "own.yaml", *words)
+    assert "paths and no URLs, the same on all machines of the cluster: run\n" in said
 
 
 def test_ids_count_the_attempts_and_never_collide(server: JobsServer, tmp_path: Path) -> None:
