@@ -83,26 +83,47 @@ def print_padding(folder: Path) -> None:
         for name, (ids, per_batch) in rows.items():
             share = padding_share(many, ids, per_batch, generator)
             print(f"batch {batch}: {name}: {share:.1%} padding")
-    for world in (1, 8):
-        ids = epoch_ids(plan_epoch(index, 0, 0, 256, OrderSettings()))
-        parts = np.concatenate([ids[:, rank::world] for rank in range(world)])
-        share = padding_share(many, parts, per_batch=True, generator=generator)
-        print(f"batch 256 on {world} ranks: {share:.1%} padding")
+    for batch, world in ((256, 8), (32, 8), (16, 8)):
+        ids = epoch_ids(plan_epoch(index, 0, 0, batch, OrderSettings()))
+        print_pad_to(many, ids, world, generator)
+
+
+def print_pad_to(
+    sizes: np.ndarray, ids: np.ndarray, world: int, generator: np.random.Generator
+) -> None:
+    """What `loop.pad_to=batch` costs; a step is as slow as the worker with the most pixels."""
+    resized = resized_sizes(sizes, ids, True, generator)
+    whole = resized.max(axis=1).prod(axis=1)
+    parts = np.stack([resized[:, rank::world].max(axis=1).prod(axis=1) for rank in range(world)])
+    true = resized.prod(axis=2).sum() / ids.shape[1]
+    print(
+        f"batch {ids.shape[1]} on {world} workers: padded to the part "
+        f"{1 - true / parts.mean(axis=0).sum():.1%} padding, to the batch "
+        f"{1 - true / whole.sum():.1%}; the slowest worker of each step gets "
+        f"{whole.sum() / parts.max(axis=0).sum() - 1:.1%} more pixels"
+    )
 
 
 def padding_share(
     sizes: np.ndarray, ids: np.ndarray, per_batch: bool, generator: np.random.Generator
 ) -> float:
     """Share of the pixels of all batches (rows of `ids`) that is padding."""
+    resized = resized_sizes(sizes, ids, per_batch, generator)
+    padded = resized.max(axis=1).prod(axis=1).sum() * ids.shape[1]
+    return float(1 - resized.prod(axis=2).sum() / padded)
+
+
+def resized_sizes(
+    sizes: np.ndarray, ids: np.ndarray, per_batch: bool, generator: np.random.Generator
+) -> np.ndarray:
+    """(height, width) of every picture of every batch as the model sees it, before padding."""
     settings = PatchSettings()
     draws = generator.choice(settings.short_sides, (len(ids), 1 if per_batch else ids.shape[1]))
     scales = np.broadcast_to(draws, ids.shape)
-    resized = np.array([
+    return np.array([
         resized_size(int(sizes[id][0]), int(sizes[id][1]), int(scale), settings.max_size)
         for id, scale in zip(ids.ravel(), scales.ravel(), strict=True)
     ]).reshape(*ids.shape, 2)  # fmt: skip
-    padded = resized.max(axis=1).prod(axis=1).sum() * ids.shape[1]
-    return float(1 - resized.prod(axis=2).sum() / padded)
 
 
 def epoch_ids(plan: EpochPlan) -> np.ndarray:

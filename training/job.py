@@ -31,7 +31,7 @@ class LoopSettings(Settings):
     pad_to: Literal["part", "batch"] = "part"
     """Pad pictures to the largest of the worker's own part, or of the whole batch of all workers.
     The CNN sees the padding at a picture's borders: with `batch` any number of workers learns the
-    same but for rounding, and slower, as more is padding.
+    same but for rounding. It costs one more exchange between the workers in every step.
     """
     precision: Literal["float32", "bf16"] = "float32"
     """`bf16` computes the model in bfloat16 where that is safe, never matching and losses."""
