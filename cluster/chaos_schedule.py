@@ -19,7 +19,7 @@ Store = Literal["disk", "objects"]
 """Where the run lies: a folder of this machine, or what behaves like an object store."""
 
 _WORKERS = (1, 1, 2, 2, 3)
-_LATEST = 6
+_LATEST = 5
 """Updates of an attempt before which its faults happen."""
 _OF_CHECKPOINTS = ("model.safetensors", "state.pt", "manifest.json")
 _OF_STARTS = ("metrics.jsonl", "recipe.yaml", "environment.json")
