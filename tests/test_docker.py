@@ -1,60 +1,25 @@
-"""The images: linted, pinned, not root; and the steps that build one, run without a container.
+"""The images: linted, pinned, not root, of our code alone; the cluster that is composed of them.
 
-What a container alone can do (apt-get, another base) is left out, and the dependencies are lent by
-this environment; every other step of the builder is run as the Dockerfile writes it.
+The steps that build one are run in tests/test_wheel.py, as far as that goes without a container.
 """
 
-import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
-import tempfile
 import tomllib
-import venv
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from cluster.render_pods import USER
+from tests.dockerfile import DOCKER, copies, instructions, stages
 
 PROJECT = Path(__file__).parents[1]
-DOCKER = PROJECT / "docker"
 CONFIG: dict[str, Any] = tomllib.loads((PROJECT / "pyproject.toml").read_text())
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction of a Dockerfile."""
-
-    word: str
-    rest: str
-
-
-def instructions() -> list[Instruction]:
-    """Of docker/Dockerfile, without comments, lines that continue joined as docker joins them."""
-    text = (DOCKER / "Dockerfile").read_text()
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    joined = re.sub(r"\\\n", "", "\n".join(lines))
-    words = [line.strip().partition(" ") for line in joined.splitlines() if line.strip()]
-    return [Instruction(word, rest.strip()) for word, _, rest in words]
-
-
-def stages() -> dict[str, list[Instruction]]:
-    """Instructions by stage; those before the first under an empty name."""
-    found: dict[str, list[Instruction]] = {"": []}
-    for instruction in instructions():
-        if instruction.word == "FROM":
-            found[instruction.rest.rpartition(" AS ")[2]] = []
-        found[list(found)[-1]].append(instruction)
-    return found
 
 
 def test_the_linter_of_dockerfiles_has_nothing_to_say() -> None:
@@ -129,47 +94,6 @@ def test_what_is_installed_is_pinned_within_the_bounds_of_the_project() -> None:
     assert compiler == {pins["nvidia-cuda-nvrtc"]}, "the CUDA that torch brings"
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The builder's folder after its steps; `bin` beside it is that of its environment."""
-    with tempfile.TemporaryDirectory(prefix="querypatch-image-") as place:
-        root = Path(place)
-        root.chmod(0o755)
-        build, environment = root / "build", root / "opt"
-        build.mkdir()
-        for sources, target in copies():
-            _copy(sources, build / target, into=len(sources) > 1 or target.endswith("/"))
-        venv.create(environment, with_pip=True)
-        (site_packages,) = environment.glob("lib/python*/site-packages")
-        for old in site_packages.glob("setuptools*"):
-            # Python 3.11 brings one that is older than what pyproject.toml asks for.
-            shutil.rmtree(old)
-        (site_packages / "lent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        for step in stages()["builder"]:
-            if step.word == "RUN":
-                _run_step(_without_downloads(step.rest), build, environment)
-        yield environment / "bin"
-
-
-@pytest.mark.slow
-def test_the_builder_s_steps_make_an_installation_that_another_user_runs(built: Path) -> None:
-    """As in the image: nobody who runs it may write to it, and nothing is broken."""
-    home = built.parents[1] / "home"
-    home.mkdir()
-    os.chown(home, USER if os.geteuid() == 0 else -1, -1)
-    look = (
-        "import os, querypatch; from pathlib import Path; file = Path(querypatch.__file__); "
-        "print(os.geteuid(), os.access(file, os.W_OK), file.parent)"
-    )
-    said = _as_user([str(built / "python"), "-c", look], home).split()
-    assert said[:2] == [str(USER if os.geteuid() == 0 else os.geteuid()), "False"]
-    assert built.parent in Path(said[2]).parents
-    assert "pretrain" in _as_user([str(built / "querypatch"), "--help"], home)
-    told = _as_user([str(built / "querypatch"), "doctor"], home)
-    assert "nothing is broken" in told
-    assert f"compiled, {built.parent}" in told
-
-
 COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 
 
@@ -192,67 +116,3 @@ def test_services_wait_for_services_that_exist_and_are_judged() -> None:
     assert all("healthcheck" in services[on] for each in waits.values() for on in each)
     laid_over = yaml.safe_load((DOCKER / "compose.cuda.yaml").read_text())["services"]
     assert set(laid_over) <= set(services)
-
-
-def copies() -> list[tuple[list[str], str]]:
-    """(sources in the checkout, target) of what the builder and the stages below it copy."""
-    found = [i.rest.split() for i in instructions() if i.word == "COPY" and "--from" not in i.rest]
-    return [(words[:-1], words[-1]) for words in found]
-
-
-def _copy(sources: list[str], target: Path, into: bool) -> None:
-    for source in sources:
-        here = PROJECT / source
-        place = target / here.name if into or here.is_file() else target
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if here.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "*.so")
-            shutil.copytree(here, place, ignore=ignored)
-        else:
-            shutil.copy(here, place)
-
-
-def _without_downloads(step: str) -> str:
-    """The step without `pip install` of what is lent; the wheel itself is installed."""
-    parts = [part.strip() for part in step.split("&&")]
-    kept = [part for part in parts if "--requirement" not in part]
-    return " && ".join(kept)
-
-
-def _run_step(step: str, build: Path, environment: Path) -> None:
-    variables = {
-        **os.environ,
-        "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
-        "QUERYPATCH_CUDA_ARCHS": "off",
-        # Both mean the setuptools at hand, and no look at an index.
-        "PIP_NO_BUILD_ISOLATION": "0",
-        "PIP_NO_INDEX": "1",
-    }
-    shell = ["bash", "-o", "pipefail", "-c", step]
-    done = subprocess.run(
-        shell, cwd=build, env=variables, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{step}\n{done.stdout}\n{done.stderr}"
-
-
-def _as_user(command: list[str], home: Path) -> str:
-    """What a command says to a user without rights; where this is root, as the image's user.
-
-    Such a user may read what root may, so that an interpreter in root's home can be run at all.
-    """
-    if os.geteuid() == 0:
-        if shutil.which("setpriv") is None:
-            pytest.skip("no setpriv (util-linux), with which root becomes another user")
-        reading = ["--inh-caps", "-all,+dac_read_search", "--ambient-caps", "+dac_read_search"]
-        user = ["--reuid", str(USER), "--regid", str(USER), "--clear-groups", *reading]
-        command = ["setpriv", *user, *command]
-    done = subprocess.run(
-        command,
-        cwd=home,
-        env={**os.environ, "HOME": str(home)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-    return done.stdout

@@ -16,6 +16,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.dockerfile import (
+    copies,
+    home_of_user,
+    run_step,
+    said_to_user,
+    stages,
+    without_downloads,
+)
+
 PROJECT = Path(__file__).parents[1]
 SETUPTOOLS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["setuptools"]
 RECIPES = sorted(
@@ -133,6 +142,39 @@ def test_the_installed_packages_are_the_wheels_not_the_checkouts(
     look = "import models.settings; print(models.settings.__file__)"
     found = Path(_run([str(installed / "python"), "-c", look], cwd=tmp_path).strip())
     assert installed.parent in found.parents
+
+
+def test_the_steps_of_the_image_s_builder_end_well(
+    wheel: Path, installed: Path, tmp_path: Path
+) -> None:
+    """All but what a container alone can do (apt-get) and what is lent here (the dependencies)."""
+    (tmp_path / "dist").mkdir()
+    shutil.copy(wheel, tmp_path / "dist")
+    for sources, target in copies():
+        if target == "./":
+            for source in sources:
+                shutil.copy(PROJECT / source, tmp_path)
+    ran = [step for step in stages()["builder"] if step.word == "RUN"]
+    for step in ran:
+        run_step(without_downloads(step.rest), tmp_path, installed)
+    written = (tmp_path / "requirements.txt").read_text().splitlines()
+    assert {line.partition(">")[0] for line in written} >= {"torch", "s3fs", "gcsfs"}
+    assert "querypatch doctor" in ran[-1].rest, "the image is refused that lacks compiled kernels"
+
+
+def test_another_user_runs_the_installation_and_cannot_change_it(
+    installed: Path, tmp_path: Path
+) -> None:
+    look = (
+        "import os, querypatch; from pathlib import Path; file = Path(querypatch.__file__); "
+        "print(os.geteuid(), os.access(file, os.W_OK), file.parent)"
+    )
+    home = home_of_user(tmp_path)
+    user, may_write, place = said_to_user([str(installed / "python"), "-c", look], home).split()
+    assert int(user) != 0
+    assert may_write == str(os.geteuid() != 0), "where the tests are not root's, it is theirs"
+    assert installed.parent in Path(place).parents
+    assert "nothing is broken" in said_to_user([str(installed / "querypatch"), "doctor"], home)
 
 
 def _copy_project(target: Path) -> None:
