@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 
 from rich.console import Console
 
@@ -80,16 +81,8 @@ def writing(recipe: Recipe, folder: RunFolder, console: Console) -> Iterator[Wri
             _say(console, f"asked to stop by {request.by}")
             flag.ask()
 
-        try:
-            with stop_on_request(folder, ask):
-                yield Writing(history, flag, lease)
-        except LeaseLost as error:
-            history.add("lease_lost", str(error))
-            raise
-        except Exception as error:
-            history.add("failed", _first_line(error))
-            raise
-        _tell_end(history, folder, flag)
+        with _Ending(history, folder, flag), stop_on_request(folder, ask):
+            yield Writing(history, flag, lease)
 
 
 def _tell_start(history: History, recipe: Recipe, job: str) -> None:
@@ -98,22 +91,47 @@ def _tell_start(history: History, recipe: Recipe, job: str) -> None:
     history.add("started", text, job=job, workers=workers)
 
 
-def _tell_end(history: History, folder: RunFolder, flag: StopFlag) -> None:
-    try:
-        outcome, newest = read_outcome(folder), newest_checkpoint(folder)
-    except (StoreError, ValueError) as error:
-        history.add("stopped", f"how far the run came cannot be read: {_first_line(error)}")
+@dataclass(frozen=True)
+class _Ending:
+    """Tells, whatever ends its block, how it ended."""
+
+    history: History
+    folder: RunFolder
+    flag: StopFlag
+
+    def __enter__(self) -> None:
         return
-    if outcome is not None:
-        how = (
-            "its last step is done" if outcome.reason == "done" else "its evaluations grew no more"
-        )
-        history.add("finished", how, outcome.step, reason=outcome.reason)
-        return
-    step = newest.step if newest else 0
-    how = "as asked" if flag() else "before its last step"
-    text = f"{how}; go on with `querypatch resume {public_url(folder.url)}`"
-    history.add("stopped", text, step, checkpoint=step)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        match error:
+            case None:
+                self._tell_end()
+            case LeaseLost():
+                self.history.add("lease_lost", str(error))
+            case _:
+                self.history.add("failed", _first_line(error))
+
+    def _tell_end(self) -> None:
+        try:
+            outcome, newest = read_outcome(self.folder), newest_checkpoint(self.folder)
+        except (StoreError, ValueError) as error:
+            unknown = f"how far the run came cannot be read: {_first_line(error)}"
+            self.history.add("stopped", unknown)
+            return
+        if outcome is not None:
+            is_done = outcome.reason == "done"
+            how = "its last step is done" if is_done else "its evaluations grew no more"
+            self.history.add("finished", how, outcome.step, reason=outcome.reason)
+            return
+        step = newest.step if newest else 0
+        how = "as asked" if self.flag() else "before its last step"
+        text = f"{how}; go on with `querypatch resume {public_url(self.folder.url)}`"
+        self.history.add("stopped", text, step, checkpoint=step)
 
 
 def _say(console: Console, text: str) -> None:

@@ -41,7 +41,9 @@ def test_a_run_whose_head_is_lost_goes_on_in_another_cluster_from_its_folder_alo
 def test_a_machine_that_is_cut_off_is_done_without_and_joins_again_when_it_is_back(
     tmp_path: Path, cut_rank: int
 ) -> None:
-    with network(hosts=2) as net, RayNodes(ip=net.ip) as nodes:
+    # Names of this machine mean nothing on those hosts: the collectives are told their cable.
+    env = {"GLOO_SOCKET_IFNAME": "eth0"}
+    with network(hosts=2) as net, RayNodes(ip=net.ip, env=env) as nodes:
         nodes.start_head()
         hosts = {nodes.add_node(host=host).name: host for host in net.hosts}
         told = ("resources.workers=1..2", "resources.hang_minutes=1")
