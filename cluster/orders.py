@@ -21,7 +21,9 @@ RECIPE = "recipe.yaml"
 ON_ITS_CLUSTER = ("--address", "auto")
 """Words for a job's command: on the cluster that runs it."""
 
-_SECRET = re.compile(r"SECRET|TOKEN|PASSW|PASSPHRASE|CREDENTIAL|SIGNATURE|(^|_)(KEY|AUTH)(_|$)")
+_SECRET = re.compile(
+    r"SECRET|TOKEN|PASSW|PASSPHRASE|CREDENTIAL|SIGNATURE|CONNECTION_STRING|(^|_)(KEY|AUTH|SAS)(_|$)"
+)
 
 
 def start_order(
@@ -42,7 +44,7 @@ def start_order(
     return Order(
         words=(stage, f"{EXTRAS}/{RECIPE}", "--continue", *ON_ITS_CLUSTER),
         name=job or recipe.run,
-        run=public_url(recipe.run),
+        run=public_url(recipe.run.rstrip("/")),
         files={RECIPE: dump_yaml(shipped).encode()},
         paths=tuple(_paths(shipped)),
     )
@@ -50,8 +52,7 @@ def start_order(
 
 def resume_order(run: str, overrides: Sequence[str], job: str | None = None) -> Order:
     """The order to continue the run at a URL, of which nothing else needs to be known here."""
-    url = absolute(run)
-    assert url is not None
+    url = (absolute(run) or "").rstrip("/")
     _check_nothing_secret((url, *overrides))
     return Order(
         words=("resume", url, *overrides, *ON_ITS_CLUSTER), name=job or url, run=public_url(url)
@@ -68,7 +69,7 @@ def environment(names: Iterable[str]) -> dict[str, str]:
         value = os.environ.get(name)
         if value is None:
             raise ValueError(f"--env {name}: there is no such variable here; export it first")
-        if _SECRET.search(name.upper()) or holds_credentials(value):
+        if _SECRET.search(name.upper()) or _is_secret(name, value):
             raise ValueError(
                 f"--env {name} looks like a secret, and everybody who sees the cluster's jobs "
                 "would see it; give it to the cluster's machines instead (a role, a profile, a "
@@ -87,6 +88,12 @@ def _check_nothing_secret(words: Iterable[str]) -> None:
                 "sees the cluster's jobs would see; leave them out and give them to the cluster's "
                 "machines (a role, a profile, a Kubernetes secret)"
             )
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Of the options that fsspec takes from its variables some are secrets."""
+    is_option = name.startswith("FSSPEC_") and re.search(r"secret|password|token|\"key\"", value)
+    return bool(is_option) or holds_credentials(value)
 
 
 def _paths(values: Mapping[str, object], prefix: str = "") -> Iterator[str]:

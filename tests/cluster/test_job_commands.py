@@ -114,10 +114,11 @@ def test_a_run_that_a_job_writes_is_refused_to_another(server: JobsServer, tmp_p
 
 
 def test_a_run_is_resumed_from_its_url_alone(server: JobsServer) -> None:
-    said = call("resume", "s3://b/runs/a", "resources.workers=2", "--address", server.url)
+    said = call("resume", "s3://b/runs/a/", "resources.workers=2", "--address", server.url)
     assert said.splitlines()[0] == "a-1"
     command = "querypatch resume s3://b/runs/a resources.workers=2 --address auto"
     assert server.jobs["a-1"]["entrypoint"] == f"exec python -m {command}"
+    assert server.jobs["a-1"]["metadata"]["run"] == "s3://b/runs/a"
 
 
 def test_start_commands_with_the_address_of_a_jobs_api_submit(
@@ -231,6 +232,8 @@ def test_versions_are_pinned_when_asked(server: JobsServer, tmp_path: Path) -> N
         ("AWS_SECRET_ACCESS_KEY", "x", "looks like a secret"),
         ("AWS_ACCESS_KEY_ID", "x", "looks like a secret"),
         ("HF_TOKEN", "x", "looks like a secret"),
+        ("FSSPEC_S3", '{"key": "a", "secret": "word"}', "looks like a secret"),
+        ("AZURE_STORAGE_CONNECTION_STRING", "word", "looks like a secret"),
         ("PROXY", "http://me:word@proxy:3128", "looks like a secret"),
         ("NOWHERE", None, "there is no such variable here"),
     ],

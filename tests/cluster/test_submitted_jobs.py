@@ -16,10 +16,12 @@ from cluster import jobs
 from cluster.jobs_api import connect
 from cluster.orders import start_order
 from tests.cluster.ray_nodes import RayNodes
+from tests.finetune import small_run as finetuning
 from tests.pretrain.small_run import RECIPE, small_shards
 from training.checkpoint import newest_checkpoint
 from training.metrics import read_metrics
 from training.run_folder import open_run_folder
+from training.strict_yaml import dump_yaml
 
 pytestmark = [
     pytest.mark.slow,
@@ -132,6 +134,31 @@ def test_of_two_jobs_on_one_run_one_is_refused_and_the_other_stops_and_resumes(
     assert newest.step == _last_step(run) > stopped
     steps = [line["step"] for line in read_metrics(folder) if line["kind"] == "train"]
     assert steps == list(range(1, newest.step + 1))
+
+
+@pytest.mark.long
+def test_a_pipeline_is_one_job_that_may_be_given_again(address: str, place: Path) -> None:
+    """Its runs have workers, its evaluation and its export are tasks of the cluster."""
+    sets = finetuning.small_sets(place / "sets", count=4)
+    (place / "finetune.yaml").write_text(finetuning.RECIPE.replace("from_scratch: true\n", ""))
+    train, validation = finetuning.sets_of(sets)
+    first = [f"data.shards={place / 'shards'}", "loop.steps=2"]
+    stages = {
+        "first": {"pretrain": str(place / "own.yaml"), "set": first},
+        "second": {
+            "finetune": str(place / "finetune.yaml"),
+            "set": ["init=$first", train, validation, "loop.steps=2"],
+        },
+        "judged": {"evaluate": "$second", "data": validation.partition("=")[2]},
+        "exported": {"export": "$second", "format": "hf"},
+    }
+    (place / "walk.yaml").write_text(dump_yaml({"folder": str(place / "walk"), "stages": stages}))
+    to = ("--address", address, "--follow", "--no-check")
+    assert "all 4 stages are done" in call("pipeline", place / "walk.yaml", *to)
+    assert json.loads((place / "walk/judged/scores.json").read_text())["pictures"] == 2
+    assert (place / "walk/exported/config.json").is_file()
+    assert call("pipeline", place / "walk", *to).count("done before") == 4
+    assert f"{place / 'walk/judged'}: done (evaluate)" in call("status", place / "walk")
 
 
 def _last_step(run: Path) -> int:
