@@ -26,6 +26,8 @@ from cluster.words import (
     Depth,
     Device,
     ExportFormat,
+    Follow,
+    Insecure,
     Kind,
     LabelledSet,
     Local,
@@ -99,13 +101,15 @@ def resume(
     overrides: Overrides = None,
     local: Local = False,
     address: Address = None,
+    follow: Follow = False,
+    insecure: Insecure = False,
 ) -> None:
     """Continue a run from its newest whole checkpoint, at the very next batch."""
     with one_line_errors():
         if address is not None and is_jobs_address(address):
             from cluster.orders import resume_order
 
-            _submit(resume_order(run, overrides or []), address)
+            _submit(resume_order(run, overrides or []), address, follow, insecure)
             return
         from cluster.preflight import resumed_recipe
 
@@ -308,10 +312,11 @@ def _start(
         _run(checked_new_run(recipe_of(stage, recipe, overrides)), local, address)
 
 
-def _submit(order: "Order", address: str) -> None:
+def _submit(order: "Order", address: str, follow: bool = False, insecure: bool = False) -> None:
     from cluster.job_commands import Submission, submit_order
 
-    submit_order(order, Submission(address), console())
+    if not submit_order(order, Submission(address, insecure, follow), console()):
+        raise typer.Exit(1)
 
 
 def _run(recipe: "Recipe", local: bool, address: str | None) -> None:

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cluster.words import Local, Overrides, console, is_jobs_address, one_line_errors
+from cluster.words import (
+    Follow,
+    Insecure,
+    Local,
+    Overrides,
+    console,
+    is_jobs_address,
+    one_line_errors,
+)
 
 jobs_cli = typer.Typer()
 
@@ -17,10 +25,6 @@ JobsAddress = Annotated[str, typer.Option("--address", help=_HELP, envvar="RAY_A
 MaybeAddress = Annotated[
     str | None, typer.Option("--address", help=_HELP, envvar="RAY_API_SERVER_ADDRESS")
 ]
-Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Talk to a cluster that asks for no token.")
-]
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="Show its log until it ends.")]
 RunOrJob = Annotated[str, typer.Argument(help="URL or path of a run, or the id of a job.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 Name = Annotated[

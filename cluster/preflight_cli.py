@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from cluster.job_cli import AsJson, Insecure
+from cluster.job_cli import AsJson
 from cluster.words import (
     Address,
+    Insecure,
     Overrides,
     RecipeName,
     console,

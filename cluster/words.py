@@ -28,6 +28,10 @@ Address = Annotated[
         "default: a local one."
     ),
 ]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Of a job: show its log to its end.")]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Talk to a cluster that asks for no token.")
+]
 Weights = Annotated[
     str, typer.Argument(help="A run, an export, a checkpoint file, ours or others'; path or URL.")
 ]
