@@ -3,7 +3,7 @@
 //
 // Deformable DETR (Zhu et al., ICLR 2021), equation 3; models/ops/reference.py says what is
 // computed. The public kernel gives each channel a thread, which works out its samples' places
-// again and loads 4 bytes; here a sample's place is worked out once and 16 bytes are loaded, and
+// again and loads 4 bytes; here a sample's place is worked out once, 8 or 16 bytes are loaded, and
 // the softmax and the sum of reference point and offset happen in registers. The gradient of the
 // values is added in float32 whatever their type, four neighbours by one instruction from sm_90 on.
 //

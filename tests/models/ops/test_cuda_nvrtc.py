@@ -140,11 +140,14 @@ def test_four_neighbours_are_added_by_one_instruction_where_there_is_one(tmp_pat
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_an_encoder_loads_16_bytes_of_a_cell_at_a_time(direction: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("direction", "width"), [("forward", ".128"), ("backward", ".64")])
+def test_a_lane_loads_its_channels_of_a_cell_at_once(
+    direction: str, width: str, tmp_path: Path
+) -> None:
+    """16 bytes of bfloat16; in a backward what 16 bytes of the float32 sums belong to."""
     opcodes = instructions(compile_for(90, COMMON), tmp_path)[f"{direction}_bf16_bf16_bf16_32_4_4"]
     loads = [code for code in opcodes if code.startswith("LDG")]
-    wide = [code for code in loads if ".128" in code]
+    wide = [code for code in loads if width in code]
     assert len(wide) >= 2 * 4  # two samples' corners at a time
     assert not [code for code in opcodes if code.startswith(("STL", "LDL", "BAR"))]
 
