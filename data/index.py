@@ -135,6 +135,8 @@ def shard_of(entry: dict[str, Any]) -> Shard:
         widths=np.array(entry["widths"], dtype=np.int32),
         heights=np.array(entry["heights"], dtype=np.int32),
     )
+    if shard.name.startswith("/") or ".." in shard.name.split("/"):
+        raise ValueError(f"shard {shard.name} would lie outside the folder of its index")
     counts = {shard.num_samples, len(shard.widths), len(shard.heights)}
     if len(counts) > 1 or shard.num_samples < 0 or shard.offsets[-1] > shard.size:
         raise ValueError(f"the numbers of shard {shard.name} contradict each other")

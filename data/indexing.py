@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from data.index import Shard, ShardIndex, ShardIndexError, sorted_shards
+from data.pictures import FORMATS
 from data.storage import Folder, StorageOptions, file_sizes, local_copy, open_folder
 from data.tar_layout import (
     DamagedTarError,
@@ -113,7 +114,7 @@ def _picture_size(file: BinaryIO, sample: TarSample) -> tuple[int, int]:
         return 0, 0
     file.seek(part.start)
     try:
-        with Image.open(io.BytesIO(file.read(part.size))) as image:
+        with Image.open(io.BytesIO(file.read(part.size)), formats=FORMATS) as image:
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return 0, 0
