@@ -144,15 +144,15 @@ def _pinned_here(actor: type) -> Any:
 
 def _watch(fit: _Fit, board: Any, work: Writing, resources: Resources, console: Console) -> None:
     """Shows the board until the workers are done, and passes a stop request on."""
-    witness = Witness(work.history, resources.max_restarts)
     with ExitStack() as stack:
         show = _Screen(console, stack)
+        witness = Witness(work.history, resources.max_restarts, show.say)
         while fit.is_alive():
             fit.join(POLL_S)
             work.check_lease()
             taken = _take(board, stop=work.flag())
             if work.flag():
-                show.say_once("stopping: the workers write a checkpoint first")
+                show.say_stopping()
             if taken is None:
                 continue
             reason = witness.see(taken)
@@ -176,12 +176,15 @@ class _Screen:
         self._console = console
         self._stack = stack
         self._display: Bar | PlainLines | None = None
-        self._said = ""
+        self._said_stopping = False
 
-    def say_once(self, text: str) -> None:
-        if self._said != text:
-            self._said = text
-            self._console.print(text, highlight=False)
+    def say_stopping(self) -> None:
+        if not self._said_stopping:
+            self._said_stopping = True
+            self.say("stopping: the workers write a checkpoint first")
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def message(self, message: Message | None) -> None:
         if message is None:

@@ -11,9 +11,13 @@ from types import TracebackType
 from typing import Self
 
 from cluster.board import Happening, Message, Taken
-from training.history import History
+from training.history import History, Kind
 from training.metrics import StepRecord
 from training.progress import Bar, PlainLines
+
+
+def _silent(text: str) -> None:
+    """Nobody waits."""
 
 
 @dataclass
@@ -23,6 +27,8 @@ class Witness:
     history: History
     max_restarts: int
     """Starts of the workers, one after another without a new checkpoint, that are tried."""
+    say: Callable[[str], None] = _silent
+    """Told what happens to the workers, in a line for the person who waits."""
     clock: Callable[[], float] = time.monotonic
     _since: float = field(init=False)
     """When that began which the next first step ends: the job, or the last loss."""
@@ -54,6 +60,7 @@ class Witness:
     def _see_happening(self, happening: Happening) -> str | None:
         step = happening.step if happening.step is not None else self.step
         self.history.add(happening.kind, happening.text, step, **happening.facts)
+        self._say(happening.kind, happening.text)
         match happening.kind:
             case "resized":
                 self._expect_step()
@@ -80,7 +87,11 @@ class Witness:
                 "without a new one"
             )
         self.history.add("restarting", text, self.step, in_vain=self._in_vain)
+        self._say("restarting", text)
         return None
+
+    def _say(self, kind: Kind, text: str) -> None:
+        self.say(f"{kind.replace('_', ' ')}: {text}")
 
     def _expect_step(self) -> None:
         if not self._awaits_step:

@@ -42,8 +42,9 @@ def test_the_first_step_of_each_start_is_told_with_the_steps_that_are_made_again
 def test_starts_that_come_to_no_new_checkpoint_are_counted_and_then_given_up(
     folder: RunFolder,
 ) -> None:
+    said: list[str] = []
     with History(folder) as history:
-        witness = Witness(history, 2)
+        witness = Witness(history, 2, said.append)
         assert witness.see(_taken(None, LOST)) is None
         assert witness.see(_taken(None, LOST)) is None
         assert witness.see(_taken(None, LOST, stored=1)) is None
@@ -55,6 +56,10 @@ def test_starts_that_come_to_no_new_checkpoint_are_counted_and_then_given_up(
     assert "resources.max_restarts allows 2" in reason
     counted = [event.facts["in_vain"] for event in _of(folder, "restarting")]
     assert counted == [1, 2, 1, 2, 2]
+    assert said[:2] == [
+        "worker lost: 1 worker died: killed",
+        "restarting: from the newest checkpoint, 1 of 2 starts without a new one",
+    ]
 
 
 def test_bad_steps_and_uploads_are_told_once_as_they_grow(folder: RunFolder) -> None:
