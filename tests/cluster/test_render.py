@@ -1,5 +1,5 @@
-"""Manifests and cluster files: what Kubernetes, KubeRay and Ray themselves would refuse is refused
-here, and what must hold for a run that survives its nodes does.
+"""Manifests: what Kubernetes and KubeRay would refuse is refused here, and what must hold for a run
+that survives its nodes does.
 """
 
 import json
@@ -15,14 +15,12 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
 from typer.testing import CliRunner
 
 import querypatch
 from cluster.portable import PortableRecipe, portable_recipe
 from cluster.render_k8s import Kind, render_k8s
 from cluster.render_pods import USER
-from cluster.render_ray_up import render_ray_up
 from cluster.render_settings import K8sSettings, RayUpSettings, keys_text
 from training.recipe import RecipeError
 
@@ -286,76 +284,6 @@ def test_names_are_of_kubernetes_kind(run: str, name: str) -> None:
 def test_settings_of_the_other_kind_are_refused(kind: Kind, settings: Tree, complaint: str) -> None:
     with pytest.raises(RecipeError, match=complaint):
         k8s(kind, **settings)
-
-
-AWS: Tree = {
-    "image": IMAGE,
-    "region": "eu-central-1",
-    "zone": "eu-central-1a",
-    "head_machine": "m7i.large",
-    "worker_machine": "g6.4xlarge",
-    "worker_cpus": 16,
-    "gpus": 1,
-}
-GCP: Tree = {
-    **AWS,
-    "region": "europe-west4",
-    "zone": "europe-west4-a",
-    "project": "mine",
-    "head_machine": "n2-standard-4",
-    "worker_machine": "g2-standard-16",
-    "machine_image": "projects/mine/global/images/family/gpu",
-}
-
-
-def ray_up(provider: Any, settings: Tree, *more: str) -> Tree:
-    text = render_ray_up(
-        recipe("resources.workers=2..8", *more), provider, RayUpSettings(**settings)
-    )
-    cluster: Tree = yaml.safe_load(text)
-    return cluster
-
-
-@pytest.mark.parametrize(("provider", "settings"), [("aws", AWS), ("gcp", GCP)])
-def test_ray_takes_the_cluster_file(provider: str, settings: Tree) -> None:
-    cluster = ray_up(provider, settings)
-    validate_config(prepare_config(cluster))
-    assert cluster["max_workers"] == 8
-    cluster["idle_timeout_minuts"] = 3
-    with pytest.raises(jsonschema.ValidationError, match="idle_timeout_minuts"):
-        validate_config(prepare_config(cluster))
-
-
-@pytest.mark.parametrize(("provider", "settings"), [("aws", AWS), ("gcp", GCP)])
-def test_a_started_cluster_wants_a_token_and_listens_on_loopback(
-    provider: str, settings: Tree
-) -> None:
-    cluster = ray_up(provider, settings)
-    starts = [*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]]
-    assert all("RAY_AUTH_MODE=token" in line for line in starts if "ray start" in line)
-    assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][1]
-    assert cluster["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
-    assert f"querypatch node watch {provider}" in cluster["worker_start_ray_commands"][-1]
-    types = cluster["available_node_types"]
-    spot = {"aws": "InstanceMarketOptions", "gcp": "scheduling"}[provider]
-    assert spot in types["workers"]["node_config"]
-    assert spot not in types["head"]["node_config"]
-
-
-@pytest.mark.parametrize(
-    ("provider", "settings", "complaint"),
-    [
-        ("aws", {**AWS, "gpus": 0}, "gpus=0: resources.device=cuda needs one"),
-        ("aws", {**AWS, "worker_cpus": 8}, "worker_cpus=8: .* need 12"),
-        ("gcp", {**GCP, "project": None}, "project: Google Cloud needs"),
-        ("gcp", {**GCP, "machine_image": None}, "machine_image: GPUs need one"),
-    ],
-)
-def test_machines_that_do_not_fit_the_recipe_are_refused(
-    provider: str, settings: Tree, complaint: str
-) -> None:
-    with pytest.raises(RecipeError, match=complaint):
-        ray_up(provider, settings)
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.name)
