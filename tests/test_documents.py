@@ -6,7 +6,7 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_origin
 
 import pytest
 import typer
@@ -112,6 +112,9 @@ def _is_key(annotation: object, path: list[str]) -> bool:
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         field = annotation.model_fields.get(path[0])
         return field is not None and _is_key(field.annotation, path[1:])
+    if get_origin(annotation) is dict:
+        # Its user names what is in it.
+        return True
     return any(_is_key(part, path) for part in get_args(annotation))
 
 

@@ -9,7 +9,7 @@ hashes and uploads are made in the background.
 import hashlib
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from training.kept import find_kept, forget_kept, kept_folder
@@ -48,24 +48,34 @@ def save_checkpoint(
     """
     with folder.spool() as spool:
         write_files(snapshot, spool)
-        return commit_files(folder, spool, snapshot.position.step, metrics, recipe_digest)
+        manifest = manifest_of(spool, snapshot.position.step, metrics, recipe_digest)
+        return commit_files(folder, spool, manifest)
 
 
 def commit_files(
     folder: RunFolder,
     source: Path,
-    step: int,
-    metrics: Mapping[str, float],
-    recipe_digest: str,
+    manifest: Manifest,
+    may_write: Callable[[], None] = lambda: None,
 ) -> Manifest:
-    """Publishes the files that `write_files` made in `source`, and last their manifest.
+    """Publishes the files of a manifest from `source`, and last the manifest.
 
-    On a local run the files are moved out of `source`.
+    On a local run the files are moved out of `source`. `may_write` is asked before the first and
+    before the last, and what it raises goes through.
 
     Raises:
         StoreError: the store failed for good; the checkpoint does not exist then.
     """
-    return _commit(folder, source, manifest_of(source, step, metrics, recipe_digest))
+    step = manifest.step
+    may_write()
+    # Asked first: a store that allows no deletes shall not refuse a new checkpoint for it.
+    if folder.size(_place(step, MANIFEST)) is not None:
+        folder.delete(_place(step, MANIFEST))
+    for name in manifest.files:
+        folder.put(source / name, _place(step, name))
+    may_write()
+    folder.write(_place(step, MANIFEST), manifest.model_dump_json(indent=1).encode())
+    return manifest
 
 
 def manifest_of(
@@ -79,17 +89,6 @@ def manifest_of(
         metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
         recipe_digest=recipe_digest,
     )
-
-
-def _commit(folder: RunFolder, source: Path, manifest: Manifest) -> Manifest:
-    step = manifest.step
-    # Asked first: a store that allows no deletes shall not refuse a new checkpoint for it.
-    if folder.size(_place(step, MANIFEST)) is not None:
-        folder.delete(_place(step, MANIFEST))
-    for name in manifest.files:
-        folder.put(source / name, _place(step, name))
-    folder.write(_place(step, MANIFEST), manifest.model_dump_json(indent=1).encode())
-    return manifest
 
 
 def list_checkpoints(folder: RunFolder) -> tuple[Manifest, ...]:
@@ -206,8 +205,10 @@ def store_kept(folder: RunFolder) -> None:
     commit_kept(folder)
 
 
-def commit_kept(folder: RunFolder) -> None:
+def commit_kept(folder: RunFolder, may_write: Callable[[], None] = lambda: None) -> None:
     """Stores the checkpoint that is kept on this machine; nothing where there is none.
+
+    `may_write` as in `commit_files`.
 
     Raises:
         StoreError: the store does not take it; it stays here.
@@ -215,7 +216,7 @@ def commit_kept(folder: RunFolder) -> None:
     kept = find_kept(folder)
     if kept is None:
         return
-    _commit(folder, kept_folder(folder), kept.manifest)
+    commit_files(folder, kept_folder(folder), kept.manifest, may_write)
     forget_kept(folder)
     logger.info("%s: step %d, kept on this machine, is stored", folder.url, kept.manifest.step)
 

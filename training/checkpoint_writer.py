@@ -87,7 +87,7 @@ class CheckpointWriter:
         with self._lock:
             self._waiting.append(_Waiting(snapshot, dict(metrics), is_wanted))
         if not made_room:
-            self._uploads.submit("a checkpoint", self._store_next)
+            self._uploads.submit("a checkpoint", self._store_next, asks_itself=True)
 
     def flush(self) -> None:
         """Returns when every queued checkpoint is stored or has failed."""
@@ -107,7 +107,7 @@ class CheckpointWriter:
         self._uploads.flush()
         end = clock() + 60 * self._settings.wait_for_store_minutes
         while self._unstored is not None and self._is_kept and clock() < end:
-            self._uploads.submit("the last checkpoint", self._store_kept)
+            self._uploads.submit("the last checkpoint", self._store_kept, asks_itself=True)
             self._uploads.flush()
             if self._unstored is not None:
                 sleep(RETRY_S)
@@ -157,18 +157,18 @@ class CheckpointWriter:
         step = waiting.snapshot.position.step
         with self._folder.spool() as spool:
             write_files(waiting.snapshot, spool)
+            manifest = manifest_of(spool, step, waiting.metrics, self._recipe_digest)
             try:
-                return commit_files(self._folder, spool, step, waiting.metrics, self._recipe_digest)
+                return commit_files(self._folder, spool, manifest, self._uploads.ask_lease)
             except StoreError:
                 if not self._folder.is_local:
-                    manifest = manifest_of(spool, step, waiting.metrics, self._recipe_digest)
                     place = keep(self._folder, spool, Kept(manifest=manifest, after=self._before))
                     self._is_kept = True
                     logger.warning("step %d is kept in %s until the store takes one", step, place)
                 raise
 
     def _store_kept(self) -> None:
-        commit_kept(self._folder)
+        commit_kept(self._folder, self._uploads.ask_lease)
         self._unstored = None
         self._delete_expired()
 

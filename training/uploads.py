@@ -39,8 +39,10 @@ class Uploads:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="uploads")
         self._pending: deque[Future[None]] = deque()
 
-    def submit(self, what: str, action: Callable[[], None]) -> None:
+    def submit(self, what: str, action: Callable[[], None], asks_itself: bool = False) -> None:
         """Queues `action`; returns at once unless too many are waiting already.
+
+        An action that `asks_itself` calls `ask_lease` before it writes; for others it is called.
 
         Raises:
             LeaseLost: the run has another writer, as was learned before an earlier upload.
@@ -53,7 +55,7 @@ class Uploads:
                 "%d uploads are waiting: the run waits for the store", len(self._pending)
             )
             self._pending.popleft().result()
-        done = self._thread.submit(self._guarded, action)
+        done = self._thread.submit(action if asks_itself else lambda: self._guarded(action))
         # Counted by the same thread right after: a callback might run later than a flush.
         self._pending.append(self._thread.submit(self._count, what, done))
 
@@ -72,10 +74,19 @@ class Uploads:
         if self._lost is not None:
             raise self._lost
 
-    def _guarded(self, action: Callable[[], None]) -> None:
+    def ask_lease(self) -> None:
+        """Returns where the run is still this one's to write to, as the store says now.
+
+        Raises:
+            LeaseLost: the run has another writer.
+            StoreError: the store cannot be asked.
+        """
         self.check_lease()
         if self._may_write:
             self._may_write()
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        self.ask_lease()
         action()
 
     def _count(self, what: str, done: "Future[None]") -> None:

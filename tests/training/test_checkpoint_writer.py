@@ -252,3 +252,47 @@ def test_nothing_is_written_once_the_lease_is_lost() -> None:
     with pytest.raises(LeaseLost, match="job b"):
         writer.finish()
     uploads.close()
+
+
+def test_a_store_that_cannot_be_asked_for_the_lease_costs_no_checkpoint() -> None:
+    folder = stumbling_folder(Moods())
+    away: list[StoreError] = []
+
+    def may_write() -> None:
+        if away:
+            raise away[0]
+
+    uploads = Uploads(may_write=may_write)
+    writer = writer_to(folder, uploads)
+    save(writer, 1)
+    writer.flush()
+    away.append(StoreError("could not list run/lease"))
+    save(writer, 2, 3)
+    writer.flush()
+    assert (uploads.failures, steps(folder)) == (2, [1])
+    kept = find_kept(folder)
+    assert kept is not None
+    assert kept.manifest.step == 3
+    away.clear()
+    save(writer, 4)
+    writer.finish()
+    uploads.close()
+    assert (steps(folder), find_kept(folder)) == ([4, 1], None)
+
+
+def test_a_lease_that_is_lost_during_an_upload_leaves_no_manifest() -> None:
+    lost: list[str] = []
+    moods = Moods(before_put=lambda: lost.append("taken over by job b"))
+    folder = stumbling_folder(moods)
+
+    def may_write() -> None:
+        if lost:
+            raise LeaseLost(lost[0])
+
+    uploads = Uploads(may_write=may_write)
+    writer = writer_to(folder, uploads)
+    save(writer, 1)
+    with pytest.raises(LeaseLost, match="job b"):
+        writer.finish()
+    uploads.close()
+    assert folder.names("checkpoints/step_000001") == ["model.safetensors", "state.pt"]
