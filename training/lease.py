@@ -218,9 +218,12 @@ def take_lease(
         ttl_s=settings.ttl_s,
     )
     _take(folder, generation, record, settings, sleep)
-    for older in lease_generations(folder):
-        if older < generation:
-            folder.delete(lease_place(older))
+    try:
+        for older in lease_generations(folder):
+            if older < generation:
+                folder.delete(lease_place(older))
+    except StoreError as error:
+        logger.warning("older leases stay: %s", error)
     # A renewal that fails is tried again at the next one: it shall not wait in between.
     once = replace(folder, patience=Patience(attempts=1))
     return Lease(once, generation, record, settings, now)

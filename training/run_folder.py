@@ -151,10 +151,15 @@ class RunFolder:
             self._retry(lambda: self.filesystem.rm_file(self.path(name)), "delete", name)
 
     def delete_folder(self, name: str) -> None:
-        """Removes a folder if it is empty; object stores have none."""
+        """Removes a folder that holds nothing but what a killed process left half-prepared; object
+        stores have none.
+        """
         if self.is_local:
+            folder = Path(self.path(name))
+            for left in folder.glob(f"{SPOOL}*"):
+                left.unlink(missing_ok=True)
             with suppress(OSError):
-                Path(self.path(name)).rmdir()
+                folder.rmdir()
 
     @contextmanager
     def spool(self) -> Iterator[Path]:
@@ -169,7 +174,8 @@ class RunFolder:
         """Removes what killed processes left half-prepared or half-sent; for the one writer."""
         if self._is_s3:
             try:
-                abort_uploads(self.filesystem, self.root)
+                for folder in LARGE:
+                    abort_uploads(self.filesystem, self.path(folder))
             except _stumbles() as error:
                 logger.warning("%s: parts of files may be left: %s", self.url, _one_line(error))
         if self.is_local:
@@ -257,6 +263,10 @@ class RunFolder:
 
 SPOOL = ".writing-"
 """How half-prepared files and folders of them are called, inside a local run and elsewhere."""
+
+
+LARGE = ("checkpoints", "best")
+"""Folders of a run with files so large that they are sent in parts, by nobody but its writer."""
 
 
 def open_run_folder(

@@ -58,7 +58,7 @@ import json, sys
 from pathlib import Path
 from training.run_folder import open_run_folder
 url, options, source = sys.argv[1:]
-open_run_folder(url, json.loads(options)).put(Path(source), "model")
+open_run_folder(url, json.loads(options)).put(Path(source), "best/model")
 """
 
 
@@ -66,7 +66,7 @@ def test_a_kill_in_the_middle_of_an_upload_leaves_the_old_file_and_its_parts_are
     ceph_store: S3Store, tmp_path: Path
 ) -> None:
     folder = folder_in(ceph_store, "killed")
-    folder.write("model", b"old")
+    folder.write("best/model", b"old")
     source = tmp_path / "new"
     source.write_bytes(b"n" * (6 * PART_BYTES))
     parts: list[str] = []
@@ -86,12 +86,12 @@ def test_a_kill_in_the_middle_of_an_upload_leaves_the_old_file_and_its_parts_are
             time.sleep(0.05)
         job.kill()
         job.wait()
-    assert folder.read("model") == b"old"
+    assert folder.read("best/model") == b"old"
     assert uploads_in(folder) == 1
     folder.clear_spool()
     assert uploads_in(folder) == 0
-    folder.put(source, "model")
-    assert folder.size("model") == 6 * PART_BYTES
+    folder.put(source, "best/model")
+    assert folder.size("best/model") == 6 * PART_BYTES
 
 
 def uploads_in(folder: RunFolder) -> int:

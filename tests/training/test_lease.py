@@ -273,3 +273,15 @@ def test_a_renewal_that_was_torn_on_its_way_is_still_the_holders_and_the_next_on
     seen = newest_lease(folder)
     assert seen is not None
     assert seen.record is not None
+
+
+def test_a_store_that_allows_no_deletes_has_leases_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = stumbling_folder(Moods(may_delete=False))
+    take(folder, ME).release()
+    second = take(folder, OTHER)
+    second.renew()
+    assert second.lost() is None
+    assert folder.names("lease") == ["000001.json", "000002.json"]
+    assert "older leases stay: may not delete" in caplog.text

@@ -121,8 +121,8 @@ def test_large_files_go_in_parts_and_what_was_left_is_aborted(
     folder.put(tmp_path / "model", "model")
     assert folder.size("model") == len(data)
     s3, bucket = folder.filesystem, folder.root.partition("/")[0]
-    for key in (folder.path("a"), f"{folder.root}-other/a"):
+    for key in (folder.path("checkpoints/step_000001/a"), folder.path("export/a")):
         s3.call_s3("create_multipart_upload", Bucket=bucket, Key=key.partition("/")[2])
     folder.clear_spool()
     left = s3.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", [])
-    assert [upload["Key"].endswith("-other/a") for upload in left] == [True]
+    assert [upload["Key"].endswith("/export/a") for upload in left] == [True]
