@@ -302,14 +302,19 @@ def _start(
 
         _submit(start_order(recipe, overrides, stage=stage), address)
         return
-    from cluster.continuing import begun_or_continued
+    from cluster.continuing import begun_or_continued, told_over
     from cluster.preflight import checked_new_run
     from cluster.stages import recipe_of
 
-    if go_on:
-        _run(begun_or_continued(stage, recipe, overrides), local, address)
-    else:
+    if not go_on:
         _run(checked_new_run(recipe_of(stage, recipe, overrides)), local, address)
+        return
+    continued = begun_or_continued(stage, recipe, overrides)
+    over = told_over(continued)
+    if over is None:
+        _run(continued, local, address)
+    else:
+        typer.echo(over)
 
 
 def _submit(order: "Order", address: str, follow: bool = False, insecure: bool = False) -> None:

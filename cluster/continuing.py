@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from cluster.preflight import checked_new_run, resumed_recipe
 from cluster.stages import Recipe, StageName, free_keys, parsed_recipe, recipe_values
+from models.urls import public_url
+from training.outcome import read_outcome
 from training.record import check_same_recipe, read_recipe_values
 from training.run_folder import RunFolder, open_run_folder
 from training.storage_settings import apply_storage_options
@@ -26,6 +28,16 @@ def begun_or_continued(stage: StageName, name: str, overrides: Sequence[str]) ->
     if read_recipe_values(open_run_folder(recipe.run)) is None:
         return checked_new_run(recipe)
     return resumed_recipe(recipe.run, said(values, recipe))
+
+
+def told_over(recipe: Recipe) -> str | None:
+    """A line that says so where the run is over, and there is nothing to go on with."""
+    folder = open_run_folder(recipe.run)
+    outcome = read_outcome(folder)
+    if outcome is None:
+        return None
+    how = "its last step is done" if outcome.reason == "done" else "it stopped early"
+    return f"{public_url(folder.url)} is over at step {outcome.step}: {how}"
 
 
 def held_to_its_run(folder: RunFolder, overrides: Sequence[str]) -> None:

@@ -75,7 +75,7 @@ def test_a_run_is_begun_resumed_and_looked_at(pictures: Path, tmp_path: Path) ->
     call("resume", run, "--local", "resources.workers=1")
     call("show", "patches", run, "-o", tmp_path / "drawn.png", "--count", 2)
     assert (tmp_path / "drawn.png").stat().st_size > 10_000
-    call(*begin, "--continue")
+    assert f"{run} is over at step 6: its last step is done" in call(*begin, "--continue")
     assert "holds a run already" in call(*begin, status=1)
 
 
