@@ -107,6 +107,11 @@ def listed(things: Sequence[object], shown: int = 3) -> str:
     return f"{'; '.join(map(str, things[:shown]))}{more}"
 
 
+def plural(count: int, noun: str) -> str:
+    """E.g. 1 machine, 2 machines."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def check_line(check: Check) -> str:
     """As `querypatch doctor` has them: what is not well is marked."""
     state = "" if check.state == "well" else check.state
@@ -119,7 +124,7 @@ def verdict_line(checks: Sequence[Check]) -> str:
     warnings = sum(check.state == "warning" for check in checks)
     if faults:
         return f"not ready: {', '.join(dict.fromkeys(faults))}"
-    return f"ready{f', with {warnings} warnings' if warnings else ''}"
+    return f"ready, with {plural(warnings, 'warning')}" if warnings else "ready"
 
 
 def checks_json(checks: Sequence[Check]) -> str:

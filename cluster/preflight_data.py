@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Literal, assert_never
 
-from cluster.preflight_checks import Check, Hear, NoAnswerError, listed, looked_at, one_line, within
+from cluster.preflight_checks import (
+    Check,
+    Hear,
+    NoAnswerError,
+    listed,
+    looked_at,
+    one_line,
+    plural,
+    within,
+)
 from cluster.preflight_pictures import PictureSet, label_checks, picture_checks
 from cluster.stages import Recipe
 from data.detection_set import DetectionSet, aligned
@@ -185,8 +194,8 @@ def _counted(key: str, index: ShardIndex, faults: Sequence[str]) -> Check:
         return Check(key, "fault", f"{shown}: {listed(faults)}", facts)
     median = statistics.median(counts)
     said = (
-        f"{shown}: {index.num_samples} pictures in {len(counts)} files of {min(counts)} to "
-        f"{max(counts)}"
+        f"{shown}: {plural(index.num_samples, 'picture')} in {plural(len(counts), 'shard')} of "
+        f"{min(counts)} to {max(counts)}"
     )
     if max(counts) > UNEVEN * max(median, 1):
         uneven = (
@@ -208,8 +217,8 @@ def _batches(recipe: Recipe, index: ShardIndex) -> Iterator[Check]:
     facts = {"batches_per_epoch": batches, "most_pictures_of_a_worker": max(shares)}
     left = max(0, index.num_samples - batches * recipe.global_batch)
     said = (
-        f"{batches} of {recipe.global_batch} pictures in an epoch, {left} pictures left out; "
-        f"{max(shares)} pictures for each of {workers} workers"
+        f"{batches} of {plural(recipe.global_batch, 'picture')} in an epoch, {left} left out; "
+        f"{max(shares)} for each of {plural(workers, 'worker')}"
     )
     if max(shares) <= UNEVEN_SHARES * min(shares):
         yield Check("batches", "well", said, facts)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cluster.preflight_checks import Check
+from cluster.preflight_checks import Check, plural
 from cluster.preflight_memory import Seat
 from cluster.preflight_trial import Pace
 from cluster.stages import Recipe
@@ -88,8 +88,8 @@ def forecast_checks(found: Forecast) -> Iterator[Check]:
         "cost": found.cost,
     }
     said = (
-        f"{found.updates} updates with {found.workers} workers at {found.pictures_per_s:.1f} "
-        f"pictures/s: {duration(found.seconds)}"
+        f"{plural(found.updates, 'update')} with {plural(found.workers, 'worker')} at "
+        f"{found.pictures_per_s:.1f} pictures/s: {duration(found.seconds)}"
     )
     if found.cost is not None:
         said += f", {found.cost:.2f} at {found.price_per_worker_hour:g} for a worker's hour"
@@ -101,7 +101,7 @@ def duration(seconds: float) -> str:
     """E.g. 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
     minutes = math.ceil(seconds / 60)
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 3 else f"{seconds:.0f} s"
     if minutes < 60:
         return f"{minutes} min"
     if minutes < 48 * 60:

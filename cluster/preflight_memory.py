@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from cluster.preflight_batches import AnyBatch, largest_shape, padded, repeated
-from cluster.preflight_checks import Check
+from cluster.preflight_checks import Check, plural
 from cluster.preflight_trial import Bench, pictures_of_worker
 from training.memory import return_free_memory
 from training.optimiser import trainable_parameters
@@ -147,8 +147,8 @@ def _on_cpu(bench: Bench, largest: AnyBatch, count: int, seat: Seat) -> Check:
     most = max(0, min(MOST_PICTURES, int(room / each)))
     needed = own + gradients + each * count
     taken = (
-        f"about {needed / _GIB:.1f} GiB for each of {seat.workers} workers of this machine, beside "
-        f"their loader processes; {(seat.free_bytes + own) / _GIB:.1f} GiB are free"
+        f"about {needed / _GIB:.1f} GiB for each of {plural(seat.workers, 'worker')} of a machine, "
+        f"beside the loader processes; {(seat.free_bytes + own) / _GIB:.1f} GiB are free"
     )
     return _judged(bench, largest, count, most, taken)
 
@@ -176,7 +176,7 @@ def _linux_number(path: str, key: str) -> int:
 def _judged(bench: Bench, largest: AnyBatch, count: int, most: int, taken: str) -> Check:
     recipe = bench.kit.recipe
     height, width = largest.images.pixels.shape[-2:]
-    said = f"a pass of {count} pictures of {width} x {height} takes {taken}"
+    said = f"a pass of {plural(count, 'picture')} of {width} x {height} takes {taken}"
     facts = {"pictures_of_a_pass": count, "largest_pass": most}
     more = " or more" if most >= MOST_PICTURES else ""
     if most >= count:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.doctor import Finding
-from cluster.preflight_checks import Check, listed
+from cluster.preflight_checks import Check, listed, plural
 from cluster.stages import Recipe
 from training.resources import Resources
 
@@ -47,8 +47,8 @@ def machine_checks(recipe: Recipe, here: NodeFacts) -> Iterator[Check]:
     resources = recipe.resources
     wanted = resources.max_workers * resources.cpus_per_worker
     said = (
-        f"{resources.max_workers} workers of {resources.cpus_per_worker} cores on {here.cpus:g} "
-        "cores"
+        f"{plural(resources.max_workers, 'worker')} of "
+        f"{plural(resources.cpus_per_worker, 'core')} on {plural(int(here.cpus), 'core')}"
     )
     if wanted <= here.cpus:
         yield Check("workers", "well", said)
@@ -83,7 +83,7 @@ def _versions(nodes: Sequence[NodeFacts]) -> Check:
         way_out = "last bits may differ between machines; use one image for all"
         return Check(name, "warning", f"{listed(should)}; {way_out}")
     said = ", ".join(f"{package} {_version_of(nodes[0], package)}" for package in MUST_AGREE)
-    return Check(name, "well", f"the same on {len(nodes)} machines: {said}")
+    return Check(name, "well", f"the same on {plural(len(nodes), 'machine')}: {said}")
 
 
 def _disagreement(nodes: Sequence[NodeFacts], package: str) -> Iterator[str]:
@@ -112,7 +112,9 @@ def _broken(nodes: Sequence[NodeFacts]) -> Check:
         lines = [f"{what} (on {listed(names, 2)})" for what, names in slow.items()]
         way_out = "install the wheel that brings them"
         return Check("kernels and packages", "warning", f"{listed(lines)}; {way_out}")
-    return Check("kernels and packages", "well", f"as they should be on {len(nodes)} machines")
+    return Check(
+        "kernels and packages", "well", f"as they should be on {plural(len(nodes), 'machine')}"
+    )
 
 
 def _by_node(nodes: Sequence[NodeFacts], state: str) -> Mapping[str, list[str]]:
@@ -130,7 +132,9 @@ def _places(nodes: Sequence[NodeFacts]) -> Check:
         for place in node.missing:
             missing[place].append(node.name)
     if not missing:
-        return Check("places", "well", f"{len(nodes)} machines see data, weights and run folder")
+        return Check(
+            "places", "well", f"{plural(len(nodes), 'machine')} see data, weights and run folder"
+        )
     lines = [f"{place} is not seen by {listed(names, 2)}" for place, names in missing.items()]
     way_out = "give URLs of a store that all reach (s3://, gs://), or a folder that all share"
     return Check("places", "fault", f"{listed(lines)}; {way_out}")
@@ -139,11 +143,11 @@ def _places(nodes: Sequence[NodeFacts]) -> Check:
 def _room(resources: Resources, nodes: Sequence[NodeFacts]) -> Check:
     with_gpus = takes_gpus(resources, nodes)
     fitting = workers_fitting(resources, nodes, with_gpus)
-    needs = f"{resources.cpus_per_worker} cores{' and a GPU' if with_gpus else ''}"
+    needs = f"{plural(resources.cpus_per_worker, 'core')}{' and a GPU' if with_gpus else ''}"
     facts = {"workers_fitting": fitting, "machines": len(nodes)}
     said = (
-        f"{fitting} workers of {needs} find a place on {len(nodes)} machines, {resources.workers} "
-        "are asked for"
+        f"{plural(fitting, 'worker')} of {needs} find a place on "
+        f"{plural(len(nodes), 'machine')}, {resources.workers} are asked for"
     )
     if fitting >= resources.max_workers:
         return Check("workers", "well", said, facts)

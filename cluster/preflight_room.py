@@ -16,6 +16,7 @@ import torch
 
 from cluster.preflight_batches import AnyBatch, largest_shape, padded
 from cluster.preflight_checks import Check
+from cluster.preflight_forecast import duration
 from cluster.preflight_memory import Seat
 from cluster.preflight_store import QUICK, probe_name, remove_probe
 from cluster.preflight_trial import Bench, Pace, pictures_of_worker
@@ -118,24 +119,29 @@ def _in_time(
     recipe: Recipe, pace: Pace | None, well: Check, write_s: float, stall_s: float
 ) -> Check:
     """Whether one is written before the next is due, and how much of the time the loop stands."""
-    loop, between = recipe.loop, list[float]()
-    if loop.checkpoint_every_minutes is not None:
-        between.append(60 * loop.checkpoint_every_minutes)
-    if loop.checkpoint_every_steps is not None and pace is not None:
-        between.append(loop.checkpoint_every_steps * pace.update_s)
-    if not between:
+    between = _between(recipe, pace)
+    if between is None:
         return well
-    said = f"{well.said}, one every {min(between):.0f} s"
-    if write_s > min(between):
-        way_out = "the next is due before: write fewer (loop.checkpoint_every_minutes)"
-        return replace(well, state="warning", said=f"{said}; {way_out}")
-    if stall_s > MOST_STALL * min(between):
-        way_out = (
-            f"{100 * stall_s / min(between):.0f} % of the time: write fewer "
-            "(loop.checkpoint_every_steps, loop.checkpoint_every_minutes)"
-        )
-        return replace(well, state="warning", said=f"{said}; {way_out}")
-    return replace(well, said=said)
+    key, every_s = between
+    said = f"{well.said}, one every {duration(every_s)}"
+    if write_s > every_s:
+        problem = "the next is due before it is written, and they queue up"
+    elif stall_s > MOST_STALL * every_s:
+        problem = f"that is {100 * stall_s / every_s:.0f} % of the time"
+    else:
+        return replace(well, said=said)
+    times = max(write_s, stall_s / MOST_STALL) / every_s
+    return replace(well, state="warning", said=f"{said}: {problem}; raise {key} {times:.1f}-fold")
+
+
+def _between(recipe: Recipe, pace: Pace | None) -> tuple[str, float] | None:
+    """The key that decides when the next checkpoint is due, and the seconds until then."""
+    loop, rhythms = recipe.loop, dict[str, float]()
+    if loop.checkpoint_every_minutes is not None:
+        rhythms["loop.checkpoint_every_minutes"] = 60 * loop.checkpoint_every_minutes
+    if loop.checkpoint_every_steps is not None and pace is not None:
+        rhythms["loop.checkpoint_every_steps"] = loop.checkpoint_every_steps * pace.update_s
+    return min(rhythms.items(), key=lambda rhythm: rhythm[1], default=None)
 
 
 def _disk_checks(recipe: Recipe, run: RunFolder, size: int) -> Iterator[Check]:

@@ -71,19 +71,14 @@ def _empty(folder: RunFolder) -> Check:
 def _rights(folder: RunFolder) -> Iterator[Check]:
     """One check where all is allowed, else one for each word that is not."""
     place, began = probe_name(), time.monotonic()
-    try:
-        faults = [
-            Check(f"{NAME}: {word}", "fault", problem)
-            for word, problem in _tried_words(folder, place)
-            if problem is not None
-        ]
-        yield from faults
-        if not faults:
-            seconds = time.monotonic() - began
-            said = f"write, read, list and delete are allowed ({seconds:.1f} s for all)"
-            yield Check(f"{NAME}: rights", "well", said, {"seconds": seconds})
-            yield _conditional(folder, place)
-    finally:
+    faults = {word: problem for word, problem in _tried_words(folder, place) if problem is not None}
+    yield from (Check(f"{NAME}: {word}", "fault", said) for word, said in faults.items())
+    if not faults:
+        seconds = time.monotonic() - began
+        said = f"write, read, list and delete are allowed ({seconds:.1f} s for all)"
+        yield Check(f"{NAME}: rights", "well", said, {"seconds": seconds})
+        yield _conditional(folder, place)
+    if "write" not in faults:
         with suppress(*KNOWN):
             within(ANSWER_S, public_url(folder.url), lambda: remove_probe(folder, place))
 

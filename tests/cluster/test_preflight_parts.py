@@ -3,10 +3,12 @@
 import random
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
+from cluster import preflight_cli, preflight_data
 from cluster.doctor import Finding
 from cluster.preflight_batches import largest_shape, padded, repeated
 from cluster.preflight_checks import Check, NoAnswerError, looked_at, verdict_line, within
@@ -22,6 +24,10 @@ from tests.pretrain.small_run import small_recipe, small_shards
 from training.recipe import load_recipe
 
 CPU = torch.device("cpu")
+
+
+def test_the_depths_of_the_command_are_those_of_the_look() -> None:
+    assert get_args(preflight_cli.Depth) == get_args(preflight_data.Depth)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +99,7 @@ def test_a_gpu_for_each_worker_is_asked_for(shards: Path) -> None:
     node = NodeFacts("a", _node("a").findings, cpus=16, gpus=2)
     asked = ("resources.device=cuda", "resources.workers=3")
     check = _checks(shards, node, more=asked)["workers"]
-    assert "2 workers of 1 cores and a GPU find a place on 1 machines" in check.said
+    assert "2 workers of 1 core and a GPU find a place on 1 machine" in check.said
     assert check.state == "fault"
 
 
@@ -176,7 +182,7 @@ def test_who_waits_is_told_with_as_many_loader_processes_as_would_do(shards: Pat
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(45, "45 s"), (100, "2 min"), (12_000, "3 h 20 min"), (188_000, "2 d 4 h")],
+    [(1.23, "1.2 s"), (45, "45 s"), (100, "2 min"), (12_000, "3 h 20 min"), (188_000, "2 d 4 h")],
 )
 def test_durations_are_said_as_people_say_them(seconds: float, said: str) -> None:
     assert duration(seconds) == said
