@@ -157,7 +157,8 @@ def run_worker(
             )
             position = run_stage(recipe, host)
         writer.finish()
-    if world.is_first and (position.step >= lengths[-1] or not stop()):
+    # A run that stopped early in another start opens no display: it has its outcome.
+    if world.is_first and lengths and (position.step >= lengths[-1] or not stop()):
         # Nobody asked it to end: its last step is done, or its evaluations grow no more.
         write_outcome(folder, position.step, lengths[-1])
     return position
