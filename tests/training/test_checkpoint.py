@@ -297,6 +297,18 @@ def test_retention_deletes_what_no_rule_keeps_and_older_remains(folder: RunFolde
     assert [manifest.step for manifest in list_checkpoints(folder)] == [4, 2]
 
 
+def test_a_folder_with_nothing_but_what_a_killed_writer_left_half_prepared_goes_too(
+    tmp_path: Path,
+) -> None:
+    folder = open_run_folder(str(tmp_path / "run"))
+    left = tmp_path / "run" / "checkpoints" / "step_000001" / ".writing-manifest.json-123-abc"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"{")
+    save(folder, 2)
+    delete_expired(folder, RetentionSettings(keep_last=1))
+    assert folder.names("checkpoints") == ["step_000002"]
+
+
 def test_foreign_names_among_the_checkpoints_are_left_alone(folder: RunFolder) -> None:
     save(folder, 5)
     folder.write("checkpoints/step_best/notes.txt", b"mine")
