@@ -98,6 +98,11 @@ def run_chaos(
     for number in numbers:
         verdicts.append(run_schedule(bench, draw_schedule(seed, number)))
         console.print("\n".join(verdict_lines(verdicts[-1])), highlight=False, markup=False)
+    tell_all(verdicts, seed, out, console)
+
+
+def tell_all(verdicts: Sequence[Verdict], seed: int, out: Path, console: Console) -> None:
+    """Raises ChaosFound where a schedule differs."""
     console.print(summary(verdicts), highlight=False, markup=False)
     wrong = [verdict.schedule.number for verdict in verdicts if verdict.difference]
     if wrong:
@@ -134,7 +139,7 @@ def run_schedule(bench: Bench, schedule: Schedule) -> Verdict:
     apart = difference = None
     try:
         _attempt_all(bench, schedule, home, attempts)
-        apart = _check(bench, schedule, home, attempts)
+        apart = check_schedule(bench, schedule, home, attempts)
         shutil.rmtree(home)
     except Differs as error:
         difference = str(error)
@@ -193,7 +198,7 @@ def _start_until_done(
     more = [Attempt(schedule.last_workers)] * MORE_ATTEMPTS
     for number, attempt in enumerate((*schedule.attempts, *more), start=1):
         key = 100 * schedule.number + number
-        recipe = _recipe(bench, home / "run", schedule.store, schedule.loaders)
+        recipe = recipe_at(bench, home / "run", schedule.store, schedule.loaders)
         place = _place(bench, recipe, attempt, home, number, key)
         found = run_attempt(attempt, place, frozen)
         attempts += found
@@ -208,8 +213,14 @@ def _start_until_done(
     raise Differs(f"the run is not over after {len(attempts)} starts")
 
 
-def _check(bench: Bench, schedule: Schedule, home: Path, attempts: Sequence[Ended]) -> float | None:
-    """Raises Differs where the run is not the one without faults."""
+def check_schedule(
+    bench: Bench, schedule: Schedule, home: Path, attempts: Sequence[Ended]
+) -> float | None:
+    """How far the run ended from that of its first number of workers alone; None where it had no
+    other.
+
+    Raises Differs where it is not the run without faults.
+    """
     folder = open_run_folder(_url(home / "run", schedule.store))
     found = course_of(folder, attempts)
     check_tidy(folder, [pid for ended in attempts for pid in ended.loaders])
@@ -258,7 +269,7 @@ def _first_weights(bench: Bench, workers: int) -> Mapping[str, Tensor]:
 
 def _run_calmly(bench: Bench, parts: Sequence[tuple[int, int]], home: Path) -> list[Ended]:
     """Starts of (workers, updates), each stopped where the next begins."""
-    recipe = _recipe(bench, home / "run", "disk", 0)
+    recipe = recipe_at(bench, home / "run", "disk", 0)
     attempts: list[Ended] = []
     for number, (workers, steps) in enumerate(parts, start=1):
         if not workers:
@@ -275,18 +286,19 @@ def _run_calmly(bench: Bench, parts: Sequence[tuple[int, int]], home: Path) -> l
 def _place(
     bench: Bench, recipe: Recipe, attempt: Attempt, home: Path, number: int, key: int
 ) -> Place:
-    resources = recipe.resources.model_copy(update={"workers": attempt.workers})
     return Place(
         folder=home / f"attempt-{number}",
-        recipe=recipe_yaml(recipe.model_copy(update={"resources": resources})),
+        recipe=told_workers(recipe, attempt.workers),
         machines=home / "machines",
         key=key,
         poisoned_step=bench.steps // 2,
     )
 
 
-def _recipe(bench: Bench, run: Path, store: Store, loaders: int) -> Recipe:
-    """With the run at its place; the shards lie in the same store unless others read them too."""
+def recipe_at(bench: Bench, run: Path, store: Store, loaders: int) -> Recipe:
+    """The recipe with the run at its place; the shards lie in the same store unless loader
+    processes read them too.
+    """
     said = [f"run={_url(run, store)}", "resources.device=cpu"]
     said += [f"data.stream.processes={loaders}", "loop.log_every=1"]
     said += ["checkpoints.wait_for_store_minutes=0.05"]
@@ -295,6 +307,12 @@ def _recipe(bench: Bench, run: Path, store: Store, loaders: int) -> Recipe:
         shards = parse_recipe(recipe_yaml(recipe))["data"]["shards"]  # type: ignore[index]
         return parsed_recipe(override(bench.values, [*said, f"data.shards={PROTOCOL}://{shards}"]))
     return recipe
+
+
+def told_workers(recipe: Recipe, workers: int) -> str:
+    """The recipe for so many workers, as YAML."""
+    resources = recipe.resources.model_copy(update={"workers": workers})
+    return recipe_yaml(recipe.model_copy(update={"resources": resources}))
 
 
 def _url(run: Path, store: Store) -> str:

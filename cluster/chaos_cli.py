@@ -20,10 +20,16 @@ def chaos(
     only: Annotated[
         list[int] | None, typer.Option(help="The number of one schedule; may be repeated.")
     ] = None,
+    through_ray: Annotated[
+        bool, typer.Option("--ray", help="Whole jobs through Ray: half a minute for each start.")
+    ] = False,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for all runs.")] = Path("chaos"),
 ) -> None:
     """Break a tiny run in random ways, and hold each to a run without faults; 1 if one differs."""
     with one_line_errors():
-        from cluster.chaos import run_chaos
-
-        run_chaos(recipe, overrides or [], seed, only or range(1, schedules + 1), out, Console())
+        numbers = only or range(1, schedules + 1)
+        if through_ray:
+            from cluster.chaos_ray import run_chaos_with_ray as run
+        else:
+            from cluster.chaos import run_chaos as run
+        run(recipe, overrides or [], seed, numbers, out, Console())

@@ -155,22 +155,7 @@ class Group:
     def ended(self) -> Ended:
         """What became of it."""
         assert self.ending is not None
-        notes = self._read_notes()
-        lines = [line for worker in notes for line in worker]
-        steps = {int(line["end"]) for line in lines if "end" in line}
-        first = notes[0]
-        return Ended(
-            workers=self.attempt.workers,
-            ending=self.ending,
-            step=min(steps) if self.ending == "finished" else None,
-            notes=tuple(tuple(_batches(worker)) for worker in notes),
-            begins=next(_pairs(first, "begins"), None),
-            saves=tuple(_pairs(first, "saves")),
-            fired=tuple(dict.fromkeys(_fired(notes))),
-            refused=next((line["refused"] for line in lines if "refused" in line), None),
-            loaders=tuple(pid for line in lines for pid in line.get("loaders", ())),
-            log=_log_of(self._place),
-        )
+        return ended_of(self._read_notes(), self.ending, _log_of(self._place))
 
     def _found_ending(self) -> Ending | None:
         codes = [process.exitcode for process in self._processes]
@@ -200,7 +185,25 @@ class Group:
                 os.kill(process.pid, number)
 
     def _read_notes(self) -> list[list[dict[str, Any]]]:
-        return [_read_notes(path) for path in self._notes]
+        return [read_notes(path) for path in self._notes]
+
+
+def ended_of(notes: list[list[dict[str, Any]]], ending: Ending, log: Path) -> Ended:
+    """What became of a group by the notes of its workers, in the order of their ranks."""
+    lines = [line for worker in notes for line in worker]
+    steps = {int(line["end"]) for line in lines if "end" in line}
+    return Ended(
+        workers=len(notes),
+        ending=ending,
+        step=min(steps) if ending == "finished" else None,
+        notes=tuple(tuple(_batches(worker)) for worker in notes),
+        begins=next(_pairs(notes[0], "begins"), None),
+        saves=tuple(_pairs(notes[0], "saves")),
+        fired=tuple(dict.fromkeys(_fired(notes))),
+        refused=next((line["refused"] for line in lines if "refused" in line), None),
+        loaders=tuple(pid for line in lines for pid in line.get("loaders", ())),
+        log=log,
+    )
 
 
 def run_attempt(attempt: Attempt, place: Place, frozen: list[Group]) -> list[Ended]:
@@ -261,13 +264,13 @@ def _assignment(attempt: Attempt, place: Place, rank: int) -> Assignment:
         notes=str(place.folder / f"rank-{rank}.jsonl"),
         log=str(_log_of(place)),
         temporary=str(place.machines / str(attempt.machine)),
-        faults=tuple(fault for fault in attempt.faults if _meets(fault, rank)),
+        faults=tuple(fault for fault in attempt.faults if meets(fault, rank)),
         key=place.key,
         poisoned_step=place.poisoned_step,
     )
 
 
-def _meets(fault: Fault, rank: int) -> bool:
+def meets(fault: Fault, rank: int) -> bool:
     """Whether a worker has a part in the fault; what is of the store is everybody's."""
     match fault:
         case (
@@ -300,7 +303,8 @@ def _beside(place: Place) -> Place:
     return Place(folder, place.recipe, place.machines, place.key + 50, place.poisoned_step)
 
 
-def _read_notes(path: Path) -> list[dict[str, Any]]:
+def read_notes(path: Path) -> list[dict[str, Any]]:
+    """The lines of one worker; none where it did not begin."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]

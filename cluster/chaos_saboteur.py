@@ -161,46 +161,46 @@ class Saboteur:
         if update == 0:
             self.note(loaders=[loader.pid for loader in multiprocessing.active_children()])
         for fault in self._told.faults:
-            self._meet(fault, update)
+            self.meet(fault, update)
 
-    def _meet(self, fault: Fault, update: int) -> None:
+    def meet(self, fault: Fault, update: int) -> None:
         """What the fault does when the batch of an update was taken."""
         match fault:
             case Kill(_, at, _) if update == at:
-                self._fire(fault)
+                self.fire(fault)
                 # In the middle of the computation, as it comes.
                 threading.Timer(0.01 * (at % 3), _die).start()
             case AskToStop(at) if update == at:
-                self._fire(fault)
+                self.fire(fault)
                 ask_to_stop(open_run_folder(parsed_recipe(self._told.recipe).run), "chaos")
             case Notice(_, at, updates):
                 if update == at:
-                    self._fire(fault)
+                    self.fire(fault)
                     self._has_notice = True
                 elif update == at + updates:
                     _die()
             case Rival(at) | Freeze(at) if update == at:
-                self._fire(fault)
+                self.fire(fault)
             case Terminate(at, grace_s) if update == at:
-                self._fire(fault)
+                self.fire(fault)
                 os.kill(os.getpid(), signal.SIGTERM)
                 if grace_s is not None:
                     threading.Timer(grace_s, _die).start()
             case Hang(_, at) if update == at:
-                self._fire(fault)
+                self.fire(fault)
                 time.sleep(3600)
             case LoseLoader(_, at) if update == at:
-                self._fire(fault)
+                self.fire(fault)
                 for loader in multiprocessing.active_children():
                     loader.kill()
             case FullDisk(at, updates):
                 if update == at:
-                    self._fire(fault)
+                    self.fire(fault)
                     _limit_files(FULL_AT_BYTES)
                 elif update == at + updates:
                     _limit_files(resource.RLIM_INFINITY)
             case StoreAway(at, seconds) if update == at:
-                self._fire(fault)
+                self.fire(fault)
                 self._weather.away_until = time.monotonic() + seconds
             case (
                 Kill()
@@ -223,10 +223,10 @@ class Saboteur:
         self._stored[name] = self._stored.get(name, 0) + 1
         match self._at_file(name):
             case KillAtFile(moment="before") as fault:
-                self._fire(fault)
+                self.fire(fault)
                 _die()
             case KillAtFile(moment="half") as fault:
-                self._fire(fault)
+                self.fire(fault)
                 self._weather.half_then = _die
             case _:
                 pass
@@ -234,7 +234,7 @@ class Saboteur:
     def _after_file(self, name: str) -> None:
         match self._at_file(name):
             case KillAtFile(moment="after") as fault:
-                self._fire(fault)
+                self.fire(fault)
                 _die()
             case _:
                 pass
@@ -248,7 +248,8 @@ class Saboteur:
                     pass
         return None
 
-    def _fire(self, fault: Fault) -> None:
+    def fire(self, fault: Fault) -> None:
+        """Notes that a fault happens."""
         self.note(fault=fault_line(fault))
 
 

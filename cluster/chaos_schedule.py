@@ -197,6 +197,27 @@ def draw_schedule(seed: int, number: int) -> Schedule:
     return Schedule(seed, number, store, loaders, tuple(attempts))
 
 
+def draw_ray_schedule(seed: int, number: int) -> Schedule:
+    """Schedule `number` of a seed for whole jobs through Ray: one job that meets a fault, or two,
+    and one that finishes.
+    """
+    dice = _Dice(sample_generator(seed, 0, number, "chaos through Ray"))
+    attempts = []
+    for _ in range(1 + dice.below(2)):
+        workers, update = 1 + dice.below(2), dice.below(_LATEST)
+        worker = dice.below(workers)
+        faults: tuple[Fault, ...] = (
+            Kill(worker, update, everybody=False),
+            Kill(worker, update, everybody=True),
+            KillAtFile(dice.one_of(_OF_CHECKPOINTS), 1 + dice.below(2), "before"),
+            Terminate(update, None),
+            Hang(worker, update),
+        )
+        attempts.append(Attempt(workers, (dice.one_of(faults),)))
+    attempts.append(Attempt(1 + dice.below(2)))
+    return Schedule(seed, number, "disk", 0, tuple(attempts))
+
+
 def schedule_lines(schedule: Schedule) -> list[str]:
     """The schedule for a person, one line an attempt, under a line that names it."""
     where = {"disk": "on disk", "objects": "in an object store"}[schedule.store]
