@@ -24,6 +24,7 @@ from cluster.events import RayEvents
 from cluster.packaging import shipped_code, shipped_environment
 from cluster.stages import Recipe
 from cluster.storage import forget_ray_record, ray_storage
+from cluster.watchdog import BEFORE_FIRST
 from cluster.witness import Witness
 from cluster.worker import device_of, run_on_ray
 from cluster.writing import Writing, writing
@@ -254,7 +255,8 @@ def _ray_settings(resources: Resources) -> Iterator[None]:
         # A lost worker is noticed after a second and not after two, a notice after 2 and not 5.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{min(600.0, hang_s):.0f}",
+        # Of a process that answers nothing at all; the watchdog on its steps is quicker.
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{min(600.0, BEFORE_FIRST * hang_s):.0f}",
         # Only the wait for machines that are there already counts, not the workers' own start. With
         # a range, Ray waits that long for a machine that is gone before it does with fewer.
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10" if resources.is_elastic else "60",
