@@ -5,7 +5,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -73,31 +74,23 @@ def test_without_the_token_nothing_is_told(
     assert "does not take this token" in call("jobs", "--address", address, status=1)
 
 
-def test_a_job_is_checked_submitted_followed_and_listed(address: str, place: Path) -> None:
-    run = place / "followed"
-    told = (f"run={run}", f"data.shards={place / 'shards'}", "loop.steps=4")
-    said = call("submit", place / "own.yaml", *told, "--address", address, "--follow")
-    assert "followed-1\n" in said
-    assert "step 4/4" in said
-    assert said.count("step 4/4") == call("logs", "followed-1", "--address", address).count(
-        "step 4/4"
-    )
-    listed = [line.split() for line in call("jobs", "--address", address).splitlines()]
-    assert [(line[0], line[1], line[-1]) for line in listed if line[0] == "followed-1"] == [
-        ("followed-1", "SUCCEEDED", str(run))
-    ]
-    assert f"{run}: finished" in call("status", "followed-1", "--address", address)
+@dataclass(frozen=True)
+class Contested:
+    """A run for which two jobs were started at once."""
+
+    run: Path
+    winner: str
+    """Id of the job that writes it."""
+    loser: str
 
 
-def test_of_two_jobs_on_one_run_one_is_refused_and_the_other_stops_and_resumes(
-    address: str, place: Path
-) -> None:
-    """Both are started at once; a third is refused before it starts."""
-    client, run = connect(address), place / "contested"
-    folder = open_run_folder(str(run))
-    told = [f"run={run}", f"data.shards={place / 'shards'}", "loop.steps=100000"]
-    order = start_order(str(place / "own.yaml"), told)
-    ids = list[str]()
+@pytest.fixture(scope="module")
+def contested(address: str, place: Path) -> Contested:
+    """One of the jobs has been refused, the other has stored a checkpoint and goes on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)
+        client, run, ids = connect(address), place / "contested", list[str]()
+    order = start_order(str(place / "own.yaml"), _told(place, "contested", 100_000))
     threads = [
         threading.Thread(target=lambda: ids.append(jobs.submit(client, order, {})))
         for _ in range(2)
@@ -108,31 +101,64 @@ def test_of_two_jobs_on_one_run_one_is_refused_and_the_other_stops_and_resumes(
         thread.join()
     assert sorted(ids) == ["contested-1", "contested-2"]
 
-    _wait(lambda: any(jobs.find_job(client, id).status.is_terminal() for id in ids), "a refusal")
-    (loser,) = [id for id in ids if jobs.find_job(client, id).status.is_terminal()]
-    (winner,) = set(ids) - {loser}
-    assert f"is being written by job {winner} on" in client.get_job_logs(loser)
-    _wait(lambda: newest_checkpoint(folder) is not None, "a checkpoint")
-    said = call("submit", place / "own.yaml", *told, "--address", address, status=1)
-    assert f"is being written by job {winner} on this cluster" in said
+    def ended() -> list[str]:
+        return [id for id in ids if jobs.find_job(client, id).status.is_terminal()]
 
-    status = json.loads(call("status", run, "--json"))
+    _wait(lambda: bool(ended()), "refusal")
+    (loser,) = ended()
+    (winner,) = set(ids) - {loser}
+    _wait(lambda: newest_checkpoint(open_run_folder(str(run))) is not None, "checkpoint")
+    return Contested(run, winner, loser)
+
+
+def test_of_two_jobs_on_one_run_one_is_refused_and_a_third_is_not_even_started(
+    address: str, place: Path, contested: Contested
+) -> None:
+    said = call("logs", contested.loser, "--address", address)
+    assert f"is being written by job {contested.winner} on" in said
+    told = (*_told(place, "contested", 100_000), "--address", address)
+    said = call("submit", place / "own.yaml", *told, status=1)
+    assert f"is being written by job {contested.winner} on this cluster" in said
+    status = json.loads(call("status", contested.run, "--json"))
     assert (status["state"], status["workers"]) == ("running", 1)
-    assert status["writer"].startswith(f"job {winner} on ")
+    assert status["writer"].startswith(f"job {contested.winner} on ")
+
+
+def test_a_job_beside_it_is_checked_submitted_followed_and_listed(
+    address: str, place: Path, contested: Contested
+) -> None:
+    told = (*_told(place, "beside", 4), "--address", address)
+    said = call("submit", place / "own.yaml", *told, "--follow")
+    assert "beside-1\n" in said
+    assert said.count("step 4/4") == 1
+    assert call("logs", "beside-1", "--address", address).count("step 4/4") == 1
+    lines = [line.split() for line in call("jobs", "--address", address).splitlines()]
+    states = {line[0]: (line[1], line[-1]) for line in lines}
+    assert states["beside-1"] == ("SUCCEEDED", str(place / "beside"))
+    assert states[contested.winner] == ("RUNNING", str(contested.run))
+    assert states[contested.loser][0] == "FAILED"
+    assert f"{place / 'beside'}: finished" in call("status", "beside-1", "--address", address)
+
+
+def test_it_is_stopped_with_a_checkpoint_and_resumed_from_its_url_alone(
+    address: str, contested: Contested
+) -> None:
+    run, client = contested.run, connect(address)
     assert f"{run}: stopped at step" in call("stop", run)
-    ended = jobs.wait_for_end(client, winner, PATIENCE_S)
+    ended = jobs.wait_for_end(client, contested.winner, PATIENCE_S)
     assert ended is not None
     assert jobs.succeeded(ended)
     stopped = _last_step(run)
+    assert json.loads(call("status", run, "--json"))["checkpoint_step"] == stopped
 
     assert call("resume", run, "--address", address).splitlines()[0] == "contested-3"
-    _wait(lambda: _last_step(run) > stopped, "a step after the resume")
+    _wait(lambda: _last_step(run) > stopped, "step after the resume")
     # Ray's own way to end a job: it has 30 s for its checkpoint, not Ray's 3.
     assert "job contested-3 STOPPED" in call("stop", run, "--now", "--address", address)
-    newest = newest_checkpoint(folder)
+    newest = newest_checkpoint(open_run_folder(str(run)))
     assert newest is not None
-    assert newest.step == _last_step(run) > stopped
-    steps = [line["step"] for line in read_metrics(folder) if line["kind"] == "train"]
+    assert newest.step == _last_step(run)
+    steps = [line["step"] for line in _records(run)]
     assert steps == list(range(1, newest.step + 1))
 
 
@@ -161,15 +187,22 @@ def test_a_pipeline_is_one_job_that_may_be_given_again(address: str, place: Path
     assert f"{place / 'walk/judged'}: done (evaluate)" in call("status", place / "walk")
 
 
+def _told(place: Path, run: str, steps: int) -> list[str]:
+    return [f"run={place / run}", f"data.shards={place / 'shards'}", f"loop.steps={steps}"]
+
+
 def _last_step(run: Path) -> int:
-    records = [line for line in read_metrics(open_run_folder(str(run))) if line["kind"] == "train"]
+    records = _records(run)
     step = records[-1]["step"] if records else 0
     assert isinstance(step, int)
     return step
 
 
-def _wait(is_there: object, what: str) -> None:
-    assert callable(is_there)
+def _records(run: Path) -> list[dict[str, object]]:
+    return [line for line in read_metrics(open_run_folder(str(run))) if line["kind"] == "train"]
+
+
+def _wait(is_there: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not is_there():
         assert time.monotonic() < deadline, f"no {what} in {PATIENCE_S} s"
