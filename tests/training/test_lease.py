@@ -285,3 +285,15 @@ def test_a_store_that_allows_no_deletes_has_leases_all_the_same(
     assert second.lost() is None
     assert folder.names("lease") == ["000001.json", "000002.json"]
     assert "older leases stay: may not delete" in caplog.text
+
+
+def test_who_wrote_last_in_the_pause_of_a_store_without_conditions_has_it() -> None:
+    folder = stumbling_folder(Moods(ignores_conditions=True))
+    other = stumbling_folder(Moods(ignores_conditions=True))
+    take(other, OTHER)
+    theirs = other.read("lease/000001.json")
+    settings = LeaseSettings(ttl_s=30, renew_every_s=5, settle_s=2)
+    time = Time(meanwhile=lambda: folder.write("lease/000001.json", theirs))
+    with pytest.raises(LeaseHeld, match=r"by job b on two \(took it at this moment\)"):
+        take_lease(folder, ME, settings, time, time.sleep)
+    assert time.now_s == 102
