@@ -4,6 +4,7 @@
 #   make test                     the whole test-suite (GPU tests skip where there is no GPU)
 #   make check                    what CI holds a change to: format, lint, types, floors, tests
 #   make test TESTS=tests/data    a part of it
+#   make audit                    secrets in the files, known faults of what the image installs
 #
 # PYTHON=/path/to/python3.11 chooses the interpreter, VENV=folder the environment.
 
@@ -20,7 +21,7 @@ PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(shell $(nam
 
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format setup clean
+.PHONY: demo test check audit format setup clean
 
 demo: setup
 	$(VENV)/bin/querypatch demo
@@ -34,6 +35,9 @@ check: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(PYTEST) $(TESTS)
+
+audit: setup
+	$(VENV)/bin/python .ci/scan.py
 
 format: setup
 	$(VENV)/bin/ruff check --fix $(CODE)

@@ -111,7 +111,7 @@ def _cluster_spec(
             "securityContext": CONTAINER_SECURITY,
         }
     if settings.redis is not None:
-        spec["gcsFaultToleranceOptions"] = _redis(settings.redis, settings.redis_secret)
+        spec["gcsFaultToleranceOptions"] = _redis(settings.redis, settings.redis_auth)
     spec["headGroupSpec"] = {
         # No worker runs on the head: the run would end with it.
         "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},

@@ -128,8 +128,8 @@ def _container(
         _mount(container, "scratch", SCRATCH)
         if settings.volume_claim is not None:
             _mount(container, "data", VOLUME)
-    if settings.secret is not None:
-        container["envFrom"] = [{"secretRef": {"name": settings.secret}}]
+    if settings.env_from is not None:
+        container["envFrom"] = [{"secretRef": {"name": settings.env_from}}]
     return container
 
 

@@ -100,8 +100,8 @@ def _check(recipe: PortableRecipe, provider: Provider, settings: RayUpSettings) 
         raise RecipeError("project: Google Cloud needs the ID of yours; give project=ID")
     if provider == "gcp" and settings.gpus and settings.machine_image is None:
         raise RecipeError(
-            "machine_image: GPUs need one with drivers and the NVIDIA container toolkit; give "
-            "machine_image=projects/PROJECT/global/images/family/NAME"
+            "machine_image: GPUs need one with drivers and the NVIDIA container toolkit; give the "
+            "path of an image or of a family of images"
         )
 
 

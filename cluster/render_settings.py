@@ -46,7 +46,7 @@ class K8sSettings(NodeSettings):
     """Name of the job or cluster; null makes it of the last part of the run's URL."""
     namespace: str | None = None
     """Namespace of everything; null leaves it to kubectl."""
-    secret: str | None = None
+    env_from: str | None = None
     """Secret whose keys become environment variables, e.g. AWS_ACCESS_KEY_ID; null for none."""
     service_account: str | None = None
     """Service account of the pods, where the cloud gives rights on its storage to one."""
@@ -80,7 +80,7 @@ class K8sSettings(NodeSettings):
     """host:port of a Redis in which the head keeps its state, so that a new head finds the jobs;
     of clusters alone.
     """
-    redis_secret: str | None = None
+    redis_auth: str | None = None
     """Secret with the key `password` of that Redis."""
     isolate: bool = True
     """Let only the cluster's own pods and KubeRay's operator reach its ports (a NetworkPolicy)."""
@@ -93,11 +93,9 @@ class K8sSettings(NodeSettings):
         return NOTICE_S[self.spot] if self.spot is not None else 60
 
     @model_validator(mode="after")
-    def _redis_with_its_secret(self) -> Self:
-        if self.redis_secret is not None and self.redis is None:
-            raise ValueError(
-                f"redis_secret={self.redis_secret} is of no use without redis=HOST:PORT"
-            )
+    def _redis_with_its_auth(self) -> Self:
+        if self.redis_auth is not None and self.redis is None:
+            raise ValueError(f"redis_auth={self.redis_auth} is of no use without redis=HOST:PORT")
         return self
 
 

@@ -66,7 +66,7 @@ def pods(documents: list[Tree]) -> Iterator[Tree]:
 EVERYTHING: Tree = {
     "name": "a",
     "namespace": "training",
-    "secret": "object-store",
+    "env_from": "object-store",
     "service_account": "trainer",
     "image_pull_secret": "registry",
     "volume_claim": "pictures",
@@ -80,7 +80,7 @@ VARIANTS: tuple[tuple[Kind, tuple[str, ...], Tree], ...] = (
     ("job", ("resources.device=cpu",), {"spot": "eks", "queue": "q", "deadline_hours": 12}),
     ("job", (), {**EVERYTHING, "spot": "aks", "notice_s": 20, "retries": 0}),
     ("cluster", (), {}),
-    ("cluster", ("resources.workers=1..4",), {"redis": "redis:6379", "redis_secret": "redis"}),
+    ("cluster", ("resources.workers=1..4",), {"redis": "redis:6379", "redis_auth": "redis"}),
     ("cluster", (), EVERYTHING),
 )
 
@@ -122,7 +122,7 @@ def test_kubernetes_own_schemas_take_the_other_objects() -> None:
 
 
 def test_a_job_may_be_begun_again_and_finds_its_recipe_and_its_secret() -> None:
-    documents = k8s("job", "loop.epochs=3", secret="object-store", namespace="training")
+    documents = k8s("job", "loop.epochs=3", env_from="object-store", namespace="training")
     job, stored = documents[-1], of_kind(documents, "ConfigMap")
     assert job["metadata"]["name"] == "up-detr-1"
     entrypoint = job["spec"]["entrypoint"].split()
