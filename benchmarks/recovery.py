@@ -14,21 +14,22 @@ import os
 import signal
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cluster.processes import kill_tree
 from tests.cluster.killing import last_step
-from tests.cluster.ray_nodes import RayNodes
+from tests.cluster.ray_nodes import RayNode, RayNodes
 from tests.cluster.story import Story
-from training.control import ask_to_stop
 from training.history import Event
 from training.moments import seconds_between, utc_now
 
-HANG_MINUTES = 0.2
-NOTICE_S = 20
+HANG_MINUTES = 0.15
+NOTICE_S = 10
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def main() -> None:
         nodes.start_head()
         for _ in range(arguments.repeats):
             with tempfile.TemporaryDirectory(prefix="recovery-") as place:
-                for name, recovery in _one_run(Path(place), nodes).items():
+                for name, recovery in _one_run(Path(place), nodes):
                     found.setdefault(name, []).append(recovery)
                     print(f"{name}: {recovery}", flush=True)
     print("| fault | noticed after s | first new step after s | steps made again |")
@@ -65,44 +66,53 @@ def main() -> None:
         print(f"| {name} | {seen} | {step:.1f} | {again:.0f} |")
 
 
-def _one_run(place: Path, nodes: RayNodes) -> dict[str, Recovery]:
+def _one_run(place: Path, nodes: RayNodes) -> Iterator[tuple[str, Recovery]]:
     first, second = nodes.have_nodes(2)
     began = utc_now()
-    story = Story(place, nodes, "resources.workers=1..2", f"resources.hang_minutes={HANG_MINUTES}")
-    event = story.wait("first_step", workers=2)
-    story.wait_stored(20)
-    found = {"start of a job": Recovery(None, seconds_between(began, event.at), 0)}
+    told = ("resources.workers=1..2", f"resources.hang_minutes={HANG_MINUTES}")
+    with Story(place, nodes, *told) as story:
+        event = story.wait("first_step", workers=2)
+        yield "start of a job", Recovery(None, seconds_between(began, event.at), 0)
+        story.wait_stored(20)
 
-    def cost(name: str, fault: Callable[[], None], sign: str, workers: int) -> None:
-        time.sleep(6)
-        began = utc_now()
-        fault()
-        noticed = story.wait(sign)
-        found[name] = _recovery(began, noticed, story.wait("first_step", workers=workers))
+        def cost(fault: Callable[[], object], sign: str, workers: int) -> Recovery:
+            time.sleep(3)
+            began = utc_now()
+            fault()
+            noticed = story.wait(sign)
+            return _recovery(began, noticed, story.wait("first_step", workers=workers))
 
-    cost("worker killed", lambda: os.kill(story.workers()[0], signal.SIGKILL), "worker_lost", 2)
-    cost("worker stopped", lambda: os.kill(story.workers()[0], signal.SIGSTOP), "hung", 2)
-    cost("machine lost", lambda: nodes.kill_node(first), "worker_lost", 1)
-    cost("machine came", lambda: _add(nodes), "resized", 2)
-    cost("notice", lambda: nodes.drain_node(second, NOTICE_S), "worker_lost", 1)
-    nodes.kill_node(second)
-    time.sleep(6)
+        def worker() -> int:
+            return story.workers()[0]
+
+        yield "worker killed", cost(lambda: os.kill(worker(), signal.SIGKILL), "worker_lost", 2)
+        yield "worker hangs", cost(lambda: os.kill(worker(), signal.SIGSTOP), "hung", 2)
+        yield "machine lost", cost(lambda: nodes.kill_node(first), "worker_lost", 1)
+        yield "machine comes", cost(nodes.add_node, "resized", 2)
+        yield "machine with notice", cost(partial(_notice, nodes, second), "worker_lost", 1)
+        yield "driver killed, resumed", _resumed(story)
+        story.job.send_signal(signal.SIGTERM)
+        story.check_ended(0)
+        story.check_batches()
+
+
+def _notice(nodes: RayNodes, node: RayNode) -> None:
+    nodes.drain_node(node, NOTICE_S)
+    gone = threading.Timer(NOTICE_S, nodes.kill_node, [node])
+    gone.daemon = True
+    gone.start()
+
+
+def _resumed(story: Story) -> Recovery:
+    time.sleep(3)
     began = utc_now()
     kill_tree(story.job.pid)
     story.job.wait()
-    made = last_step(place, "run") + 1
+    made = last_step(story.place, "run") + 1
     story.resume()
     event = story.wait("first_step", workers=1)
     again = made - int(str(event.facts["start_step"]))
-    found["driver killed, resumed"] = Recovery(None, seconds_between(began, event.at), again)
-    ask_to_stop(story.folder, "the benchmark")
-    story.job.wait(timeout=60)
-    story.check_batches()
-    return found
-
-
-def _add(nodes: RayNodes) -> None:
-    nodes.add_node()
+    return Recovery(None, seconds_between(began, event.at), again)
 
 
 def _recovery(began: str, noticed: Event | None, step: Event) -> Recovery:

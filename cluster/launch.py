@@ -34,6 +34,7 @@ from training.progress import Bar, PlainLines, open_display
 from training.recipe import recipe_yaml
 from training.resources import Resources
 from training.run_folder import RunFolder, open_run_folder
+from training.stopping import stop_on_signals
 from training.storage_settings import apply_storage_options
 
 logger = logging.getLogger(__name__)
@@ -68,8 +69,10 @@ def run_with_ray(recipe: Recipe, address: str | None, console: Console) -> None:
             forget_ray_record(folder)
             with _connected(recipe.resources, address):
                 board = _pinned_here(Board)
-                fit = _Fit(_trainer(recipe, folder, board, work.lease.token))
-                _watch(fit, board, work, recipe.resources, console)
+                trainer = _trainer(recipe, folder, board, work.lease.token)
+                # Not earlier: Ray puts its own handler of SIGTERM in the place of any other.
+                with stop_on_signals(work.flag):
+                    _watch(_Fit(trainer), board, work, recipe.resources, console)
     except (JobFailed, LeaseLost):
         # Ray's printer of the workers' lines may have been stopped in the middle of one (seen).
         console.print()

@@ -35,6 +35,7 @@ from training.resources import Resources
 from training.run_folder import open_run_folder
 from training.snapshot import Position, TrainingState
 from training.stage import Host
+from training.stopping import stop_on_signals
 from training.storage_settings import apply_storage_options
 from training.uploads import Uploads
 from training.world import World
@@ -101,7 +102,8 @@ def run_alone(recipe: Recipe, console: Console) -> Position:
     torch.set_num_threads(recipe.resources.cpus_per_worker)
     world = World.alone(device_of(recipe.resources))
     apply_storage_options(recipe.storage)
-    with writing(recipe, open_run_folder(recipe.run), console) as work:
+    folder = open_run_folder(recipe.run)
+    with writing(recipe, folder, console) as work, stop_on_signals(work.flag):
         witness = Witness(work.history, recipe.resources.max_restarts)
 
         def stop() -> bool:

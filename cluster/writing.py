@@ -1,7 +1,7 @@
 """The one process that drives a start of a run: what it holds, hears and tells.
 
-Around the work, through Ray or alone, it holds the run's lease, listens for signals and for words
-in the run's folder, and writes the run's history, down to how it ended.
+Around the work, through Ray or alone, it holds the run's lease, listens for words in the run's
+folder, and writes the run's history, down to how it ended.
 """
 
 import os
@@ -20,7 +20,7 @@ from training.history import History
 from training.lease import Lease, LeaseLost, take_lease, this_process
 from training.outcome import read_outcome
 from training.run_folder import RunFolder, StoreError
-from training.stopping import StopFlag, stop_on_signals
+from training.stopping import StopFlag
 
 JOB = "QUERYPATCH_JOB"
 """Environment variable with the id of the job that this process is of, if it was submitted."""
@@ -64,14 +64,13 @@ class Writing:
 def writing(recipe: Recipe, folder: RunFolder, console: Console) -> Iterator[Writing]:
     """Makes this process the run's writer for the block, and tells how the block ended.
 
-    For the main thread. Raises LeaseHeld: another job writes to the run.
+    Raises LeaseHeld: another job writes to the run.
     """
     job = os.environ.get(JOB, f"driver-{os.getpid()}")
     flag = StopFlag()
     with (
         take_lease(folder, this_process(job), say=lambda text: _say(console, text)) as lease,
         History(folder) as history,
-        stop_on_signals(flag),
     ):
         clear_stop(folder)
         _tell_start(history, recipe, job)

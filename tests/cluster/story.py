@@ -56,6 +56,11 @@ class Story:
             time.sleep(0.2)
         raise AssertionError(f"no {kind} in {timeout_s} s; so far {self._shown()}\n{self._log()}")
 
+    def check_ended(self, status: int, timeout_s: float = 120) -> None:
+        """Waits for the job's end and holds it to its exit status."""
+        found = self.job.wait(timeout=timeout_s)
+        assert found == status, f"the job ended with {found}; its log:\n{self._log()}"
+
     def wait_stored(self, step: int, timeout_s: float = 60) -> None:
         """Returns when a checkpoint of `step` or later is whole."""
         deadline = time.monotonic() + timeout_s

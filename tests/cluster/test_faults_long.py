@@ -33,7 +33,7 @@ def test_a_run_whose_head_is_lost_goes_on_in_another_cluster_from_its_folder_alo
         step = story.wait("first_step", workers=1)
         assert int(str(step.facts["start_step"])) >= 40
         ask_to_stop(story.folder, "a test")
-        assert story.job.wait(timeout=120) == 0
+        story.check_ended(0)
         story.check_batches()
 
 
@@ -63,5 +63,5 @@ def test_a_machine_that_is_cut_off_is_done_without_and_joins_again_when_it_is_ba
             story.wait("resized", timeout_s=120)
             story.wait("first_step", workers=2, timeout_s=120)
             ask_to_stop(story.folder, "a test")
-            assert story.job.wait(timeout=120) == 0
+            story.check_ended(0)
             story.check_batches()
