@@ -12,7 +12,7 @@ import pytest
 from tests.cluster.ray_nodes import RayNode, RayNodes
 from tests.cluster.story import Story
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_a_run_outlives_a_killed_a_hung_and_a_leaving_worker_grows_again_and_stops_when_asked(
