@@ -28,12 +28,13 @@ def quick(faulty: FaultyStore, attempts: int = 8) -> RunFolder:
     options = {**faulty.store.storage_options, "skip_instance_cache": True}
     config = {**options["config_kwargs"], "retries": {"max_attempts": 0}, "read_timeout": 5}  # type: ignore[dict-item]
     folder = open_run_folder(faulty.store.url, {**options, "config_kwargs": config})
+    # s3fs asks again itself, for seconds: what is to be seen here is ours.
+    folder.filesystem.retries = 1
     return replace(folder, patience=Patience(attempts, backoff_s=0.01))
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_checkpoints_come_through_a_bad_day(s3_store: S3Store, seed: int) -> None:
-    with faulty_store(s3_store, random_faults(seed, 0.3, seconds=0.01)) as faulty:
+def test_checkpoints_come_through_a_bad_day(s3_store: S3Store) -> None:
+    with faulty_store(s3_store, random_faults(1, 0.3, seconds=0.01)) as faulty:
         folder = quick(faulty)
         uploads = Uploads()
         settings = RetentionSettings(keep_last=2)
