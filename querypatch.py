@@ -43,8 +43,8 @@ from cluster.words import (
 )
 
 if TYPE_CHECKING:
-    from cluster.jobs import Order
     from cluster.stages import Recipe
+    from cluster.submitting import Order
     from finetune.predict import LoadedDetector
 
 app = typer.Typer(

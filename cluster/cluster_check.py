@@ -12,8 +12,9 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from ray.job_submission import JobSubmissionClient
 
-from cluster.jobs import Order, submit, wait_for_end
+from cluster.jobs import wait_for_end
 from cluster.jobs_api import JobsError, in_one_line
+from cluster.submitting import Order, submit
 
 WITHIN_S = 300
 """Seconds that the answer may take: an image is pulled, or packages are installed."""

@@ -67,7 +67,7 @@ def submit(
 def jobs(address: JobsAddress, insecure: Insecure = False, as_json: AsJson = False) -> None:
     """The jobs of a cluster, newest last: id, state, since when, run."""
     with one_line_errors():
-        from cluster.job_commands import jobs_text
+        from cluster.job_views import jobs_text
 
         typer.echo(jobs_text(address, insecure, as_json))
 
@@ -81,7 +81,7 @@ def logs(
 ) -> None:
     """What a job said so far; with -f until it ends, and 1 if it did not succeed."""
     with one_line_errors():
-        from cluster.job_commands import show_logs
+        from cluster.job_views import show_logs
 
         if not show_logs(job, address, insecure, follow, console()):
             raise typer.Exit(1)

@@ -1,25 +1,17 @@
-"""Jobs as a person thinks of them: submitted, listed, followed, found again.
+"""Jobs as a person thinks of them: listed, followed, found again. Ray keeps them.
 
-A job is one `querypatch ...` command that runs on the cluster. Ray keeps the jobs; what this adds
-is an id that says what runs and how often it was tried, and the run's URL beside it.
+Waits for neither torch nor our own floors: what a person looks at shall come at once.
 """
 
 import asyncio
-import re
-import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import count
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.jobs_api import JobsError, in_one_line
-from cluster.packaging import shipped_code, shipped_environment
-from cluster.writing import JOB
-from models.artefact import querypatch_version
 
 STOP_WAIT_S = 30
 """Seconds that `ray job stop` leaves a job to write its checkpoint, before it is killed."""
@@ -30,67 +22,6 @@ RUN = "run"
 _LOOK_EVERY_S = 0.5
 _RECONNECT_S = 2.0
 _RECONNECTS = 30
-
-
-@dataclass(frozen=True)
-class Order:
-    """One command to be run on a cluster."""
-
-    words: tuple[str, ...]
-    """Of the command after `querypatch`; files are found under `submitted/`."""
-    name: str
-    """What the ids of its jobs begin with."""
-    run: str | None = None
-    """URL of the run that it writes, without credentials."""
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    """What the command reads, by name."""
-    paths: tuple[str, ...] = ()
-    """Keys that name files which every machine of the cluster must have."""
-
-
-def submit(
-    client: JobSubmissionClient,
-    order: Order,
-    environment: Mapping[str, str],
-    pins: Sequence[str] = (),
-) -> str:
-    """Ships the code and starts the command; returns the job's id, `NAME-ATTEMPT`.
-
-    `environment` are variables for the job and its workers, `pins` packages for pip. Raises
-    JobsError: the cluster did not take it.
-    """
-    url = client.get_address()
-    name = job_name(order.name)
-    folder = str(shipped_code(order.files))
-    entrypoint = shlex.join(["exec", "python", "-m", "querypatch", *order.words])
-    ours = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **shipped_environment()}
-    variables = {**ours, **environment}
-    runtime_env: dict[str, Any] = {"working_dir": folder, **({"pip": list(pins)} if pins else {})}
-    metadata = {"querypatch": querypatch_version(), **({RUN: order.run} if order.run else {})}
-    with in_one_line(url):
-        taken = {str(job.submission_id) for job in client.list_jobs()}
-        for attempt in count(_next_attempt(name, taken)):
-            id = f"{name}-{attempt}"
-            try:
-                return str(
-                    client.submit_job(
-                        entrypoint=entrypoint,
-                        submission_id=id,
-                        runtime_env={**runtime_env, "env_vars": {**variables, JOB: id}},
-                        metadata=metadata,
-                    )
-                )
-            except RuntimeError as error:
-                # Somebody took the same id at the same moment.
-                if "already exists" not in str(error):
-                    raise
-    raise AssertionError("unreachable")
-
-
-def job_name(text: str) -> str:
-    """`text` as the beginning of a job's id, e.g. the last part of a run's URL."""
-    last = text.rstrip("/").rpartition("/")[2]
-    return re.sub(r"[^\w.-]+", "-", last).strip("-.") or "job"
 
 
 def list_jobs(client: JobSubmissionClient) -> tuple[JobDetails, ...]:
@@ -187,13 +118,3 @@ def _looked_at(client: JobSubmissionClient, id: str) -> JobDetails | None:
             return client.get_job_info(id)
     except JobsError:
         return None
-
-
-def _next_attempt(name: str, taken: Iterable[str]) -> int:
-    """One more than the highest number that was used with this name."""
-    numbers = [
-        int(number)
-        for id in taken
-        if (number := id.removeprefix(f"{name}-")) != id and number.isdecimal()
-    ]
-    return max(numbers, default=0) + 1

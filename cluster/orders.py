@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from cluster.continuing import said
-from cluster.jobs import Order
 from cluster.packaging import EXTRAS
 from cluster.stages import StageName, found_recipe, parsed_recipe, recipe_values
+from cluster.submitting import Order
 from models.urls import holds_credentials, public_url
 from training.recipe import RecipeError, override, parse_recipe
 from training.run_recipe import absolute

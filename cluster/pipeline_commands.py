@@ -14,7 +14,6 @@ from rich.console import Console
 from cluster.bars import say
 from cluster.continuing import begun_or_continued, held_to_its_run, said
 from cluster.job_commands import Submission, submit_order
-from cluster.jobs import Order
 from cluster.launch import run_with_ray
 from cluster.orders import ON_ITS_CLUSTER
 from cluster.packaging import EXTRAS
@@ -29,6 +28,7 @@ from cluster.pipeline import (
 from cluster.pipeline_status import PIPELINE
 from cluster.pipeline_steps import do_step, is_done
 from cluster.stages import StageName, parsed_recipe, recipe_values
+from cluster.submitting import Order
 from cluster.worker import run_alone
 from models.urls import public_url
 from training.outcome import read_outcome

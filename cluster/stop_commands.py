@@ -12,7 +12,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from cluster.bars import say
-from cluster.job_commands import is_run, named_job
+from cluster.job_views import is_run, named_job
 from cluster.jobs import RUN, STOP_WAIT_S, find_job, wait_for_end
 from cluster.jobs_api import JobsError, connect, in_one_line
 from cluster.pipeline_status import stage_that_is_written

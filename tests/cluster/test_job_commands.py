@@ -1,6 +1,8 @@
 """Jobs at the front door, against a stand-in for the cluster: what is sent, said and refused."""
 
 import io
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -14,6 +16,8 @@ import cluster.jobs
 import querypatch
 from cluster.cluster_check import pins_of_this_machine
 from cluster.packaging import EXTRAS
+from cluster.submitting import Order
+from cluster.submitting import submit as submit_there
 from tests.cluster.jobs_server import TOKEN, JobsServer, doctor_says, serving
 from tests.pretrain.small_run import RECIPE
 from training.recipe import parse_recipe
@@ -91,11 +95,11 @@ def test_ids_count_the_attempts_and_never_collide(server: JobsServer, tmp_path: 
         server.end(id, "FAILED")
     assert submit(server, tmp_path, "--name", "night run").splitlines()[0] == "night-run-1"
     client = cluster.jobs_api.connect(server.url)
-    order = cluster.jobs.Order(("doctor",), "x")
+    order = Order(("doctor",), "x")
     made = list[str]()
 
     def one() -> None:
-        made.append(cluster.jobs.submit(client, order, {}))
+        made.append(submit_there(client, order, {}))
 
     threads = [threading.Thread(target=one) for _ in range(4)]
     for thread in threads:
@@ -307,3 +311,9 @@ def test_the_given_address_counts_more_than_the_environments(
     """Ray's own client would follow the variable."""
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
     assert "has no jobs" in call("jobs", "--address", server.url)
+
+
+def test_looking_at_jobs_does_not_wait_for_torch() -> None:
+    look = "import sys, cluster.job_views; print({'torch', 'cv2'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr

@@ -10,10 +10,10 @@ from rich.console import Console
 
 import cluster.pipeline_commands
 from cluster.job_commands import Submission, status_of
-from cluster.jobs import Order
 from cluster.pipeline import EvaluateStage, FinetuneStage, parse_pipeline, pipeline_values
 from cluster.pipeline_commands import opened_pipeline, submit_pipeline, walk_pipeline
 from cluster.pipeline_status import PIPELINE, stage_that_is_written
+from cluster.submitting import Order
 from tests.finetune import small_run as finetuning
 from tests.pretrain import small_run as pretraining
 from training.recipe import RecipeError

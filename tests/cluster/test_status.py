@@ -18,7 +18,7 @@ import querypatch
 from cluster.status import NoRun, read_status, status_text
 from training.checkpoint import FOLDER, MANIFEST
 from training.control import ask_to_stop, clear_stop, stop_asked
-from training.history import History
+from training.history import History, read_history
 from training.lease import Holder, take_lease
 from training.manifest import Manifest
 from training.outcome import write_outcome
@@ -61,6 +61,9 @@ def held(folder: RunFolder) -> Iterator[None]:
         history.add("worker_lost", "a worker on node-3 is gone", 44)
         history.add("restarting", "started again from step 40", 40)
         history.add("workers", "3 workers", 40, workers=3)
+        # It is written by a thread of its own.
+        while [event.text for event in read_history(folder)][-1:] != ["3 workers"]:
+            time.sleep(0.01)
         yield
 
 
