@@ -16,6 +16,7 @@ import querypatch
 from cluster import jobs
 from cluster.jobs_api import connect
 from cluster.orders import start_order
+from cluster.submitting import submit
 from tests.cluster.ray_nodes import RayNodes
 from tests.finetune import small_run as finetuning
 from tests.pretrain.small_run import RECIPE, small_shards
@@ -92,8 +93,7 @@ def contested(address: str, place: Path) -> Contested:
         client, run, ids = connect(address), place / "contested", list[str]()
     order = start_order(str(place / "own.yaml"), _told(place, "contested", 100_000))
     threads = [
-        threading.Thread(target=lambda: ids.append(jobs.submit(client, order, {})))
-        for _ in range(2)
+        threading.Thread(target=lambda: ids.append(submit(client, order, {}))) for _ in range(2)
     ]
     for thread in threads:
         thread.start()
