@@ -51,7 +51,7 @@ def try_out(recipe: Recipe) -> None:
     """Prints the checks of one recipe."""
     began = time.monotonic()
     cuda = torch.cuda.is_available()
-    seat = Seat(torch.device("cuda" if cuda else "cpu"), 1, free_memory())
+    seat = Seat(torch.device("cuda", 0) if cuda else torch.device("cpu"), 1, free_memory())
     kit = open_kit(recipe, seat.device)
     bench, paces = Bench(kit, seat.device), list[Pace]()
 
