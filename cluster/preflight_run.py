@@ -15,7 +15,7 @@ from cluster.kernels import check_kernels
 from cluster.preflight_checks import Check, Hear, first_fault, looked_at
 from cluster.preflight_data import DataLook, Depth
 from cluster.preflight_forecast import Forecast, forecast, forecast_checks, pace_checks
-from cluster.preflight_kit import Kit, open_kit
+from cluster.preflight_kit import open_kit
 from cluster.preflight_memory import Seat, free_memory, memory_checks
 from cluster.preflight_nodes import NodeFacts, machine_checks
 from cluster.preflight_room import cache_checks, checkpoint_checks, shared_memory_checks
@@ -83,7 +83,7 @@ class WorkerLook:
         self._wishes = wishes
         self._seat = seat
         self._hear = hear
-        self._kit: Kit | None = None
+        self._bench: Bench | None = None
         self._pace: Pace | None = None
 
     def look(self, sets: TaskSets | None = None, before: Sequence[Check] = ()) -> None:
@@ -98,8 +98,8 @@ class WorkerLook:
         torch.set_num_threads(self._recipe.resources.cpus_per_worker)
         try:
             weights = self._add("weights", lambda: self._weights(sets), (*data, *kernels))
-            if self._kit is not None:
-                self._try_out(Bench(self._kit, self._device), store, (*cache, *weights))
+            if self._bench is not None:
+                self._try_out(self._bench, store, (*cache, *weights))
         finally:
             torch.set_num_threads(threads)
 
@@ -115,13 +115,14 @@ class WorkerLook:
         yield Check("kernels", "well", f"a worker computes on {name}")
 
     def _weights(self, sets: TaskSets | None) -> Iterator[Check]:
-        self._kit = open_kit(self._recipe, self._device, sets)
+        kit = open_kit(self._recipe, self._device, sets)
+        self._bench = Bench(kit, self._device)
         is_random = self._recipe.model.backbone.weights == RANDOM_WEIGHTS
         if is_random and self._recipe.init is None:
             said = "the backbone is random: its features mean nothing; give model.backbone.weights"
             yield Check("weights", "warning", said)
         else:
-            yield Check("weights", "well", self._kit.weights)
+            yield Check("weights", "well", kit.weights)
 
     def _try_out(self, bench: Bench, store: Sequence[Check], before: Sequence[Check]) -> None:
         recipe, seat = bench.kit.recipe, self._seat

@@ -18,8 +18,10 @@ class RefusingFileSystem(AbstractFileSystem):
     protocol = "refusing"
     cachable = False
     refused: set[str]
-    """Of write, read, list, delete; `changes` gives back other bytes, `overwrites` takes the second
-    of two conditional writes, `sleeps` does not answer for some seconds."""
+    """Of write, read, list, delete. And what it does without a word: `changes` gives back other
+    bytes, `hides` lists nothing, `keeps` deletes nothing, `overwrites` takes the second of two
+    conditional writes, `sleeps` does not answer for some seconds.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -57,11 +59,12 @@ class RefusingFileSystem(AbstractFileSystem):
 
     def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
         self._refuse("list")
-        return list(self._local.ls(path, detail=detail))
+        return [] if "hides" in self.refused else list(self._local.ls(path, detail=detail))
 
     def rm_file(self, path: str) -> None:
         self._refuse("delete")
-        self._local.rm_file(path)
+        if "keeps" not in self.refused:
+            self._local.rm_file(path)
 
     def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
         self._refuse("delete")

@@ -121,6 +121,8 @@ def test_the_command_prints_a_line_for_each_and_ends_with_1_where_one_is_a_fault
         ("list", "run folder: list", "may not list .*check the credentials"),
         ("delete", "run folder: delete", "may not delete .*check the credentials"),
         ("changes", "run folder: read", "gave back .*use another store"),
+        ("hides", "run folder: list", "does not list .*allow listing"),
+        ("keeps", "run folder: delete", "kept .*allow deleting"),
     ],
 )
 def test_each_word_that_the_store_refuses_is_named(
