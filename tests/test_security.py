@@ -101,15 +101,16 @@ BREACHES: tuple[tuple[Rule, str], ...] = (
 )
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_the_shipped_code_keeps_the_rule(rule: Rule) -> None:
+def test_the_shipped_code_keeps_the_rules() -> None:
+    shipped = [source for source in _sources() if source.floor in {*_floors(), "querypatch.py"}]
     broken = [
         f"{source.path}:{call.lineno}: {said}"
-        for source in _sources()
-        if source.floor in {*_floors(), "querypatch.py"}
+        for source in shipped
         for call in calls(source)
+        for rule in RULES
         if (said := rule(call)) is not None
     ]
+    assert len(shipped) > 100
     assert broken == []
 
 
