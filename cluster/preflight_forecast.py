@@ -66,7 +66,7 @@ def pace_checks(recipe: Recipe, pace: Pace) -> Iterator[Check]:
     if pace.measured_with < pace.pictures:
         said += f" (steps timed with {pace.measured_with} of {pace.pictures} pictures)"
     if pace.wait_share <= MUCH_WAITING:
-        waits = "the loader waits for the steps" if recipe.data.stream.processes else "no waiting"
+        waits = "the loader waits for the steps" if recipe.data.stream.processes else "little waiting"
         yield Check("speed", "well", f"{said}: {waits}", facts)
         return
     yield Check(
