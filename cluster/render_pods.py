@@ -162,6 +162,6 @@ def _spot_labels(provider: SpotProvider | None) -> dict[str, str]:
 
 
 def _tolerations(settings: K8sSettings, uses_gpus: bool) -> list[Tree]:
-    """Of what keeps other pods off spot nodes (GKE and AKS do by default) and off GPUs."""
+    """Of what keeps other pods off spot nodes (AKS by default, GKE where asked) and off GPUs."""
     keys = list(_spot_labels(settings.spot)) + ([settings.gpu_resource] if uses_gpus else [])
     return [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in keys]

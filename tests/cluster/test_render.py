@@ -188,7 +188,7 @@ def test_only_workers_go_to_spot_nodes_and_their_end_becomes_ray_s_drain() -> No
     assert worker["nodeSelector"] == {"cloud.google.com/gke-spot": "true"}
     assert {each["key"] for each in worker["tolerations"]} >= {"cloud.google.com/gke-spot"}
     command = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-    assert command == ["querypatch", "node", "drain", "--deadline", "25"]
+    assert command == ["querypatch", "node", "drain", "--deadline", "12"]
     assert worker["terminationGracePeriodSeconds"] > int(command[-1])
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0", "no worker on the head"
 
