@@ -92,8 +92,8 @@ def _asked_nodes(places: Mapping[str, str]) -> Sequence[NodeFacts]:
     alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]  # type: ignore[no-untyped-call]
     if not alive:
         raise RuntimeError(
-            "the cluster has no machine with a core for workers; add machines, or give the head "
-            "--num-cpus"
+            "the cluster has no machine with a core for workers, so none can be asked; start one "
+            "(an autoscaler does so with the first job), or give the head --num-cpus"
         )
     ask = ray.remote(num_cpus=0, max_retries=0)(node_facts)
     asked = []
