@@ -25,7 +25,14 @@ from cluster.chaos_check import (
     distance,
 )
 from cluster.chaos_data import drawn_shards
-from cluster.chaos_group import Ended, Group, Place, run_attempt, wait_for_end
+from cluster.chaos_group import (
+    Ended,
+    Group,
+    Place,
+    run_attempt,
+    trained_together,
+    wait_for_end,
+)
 from cluster.chaos_schedule import (
     Attempt,
     Fault,
@@ -202,12 +209,13 @@ def _start_until_done(
         place = _place(bench, recipe, attempt, home, number, key)
         found = run_attempt(attempt, place, frozen)
         attempts += found
+        if len(found) > 1 and trained_together(*found):
+            raise Differs(f"start {number}: a second start trained beside it, see {found[1].log}")
         for ended in found:
             is_calm = not attempt.faults and ended.refused is None
             if ended.ending != "finished" and is_calm:
-                raise Differs(
-                    f"start {number} met no fault and was {ended.ending}, see {ended.log}"
-                )
+                how = f"{ended.ending}: {last_line(ended.log)}"
+                raise Differs(f"start {number} met no fault and was {how}")
         if any(ended.step is not None and ended.step >= bench.steps for ended in found):
             return
     raise Differs(f"the run is not over after {len(attempts)} starts")
@@ -279,7 +287,7 @@ def _run_calmly(bench: Bench, parts: Sequence[tuple[int, int]], home: Path) -> l
         (ended,) = run_attempt(attempt, _place(bench, recipe, attempt, home, number, 0), [])
         attempts.append(ended)
         if ended.ending != "finished":
-            raise Differs(f"a run without faults was {ended.ending}, see {ended.log}")
+            raise Differs(f"a run without faults was {ended.ending}: {last_line(ended.log)}")
     return attempts
 
 
@@ -313,6 +321,12 @@ def told_workers(recipe: Recipe, workers: int) -> str:
     """The recipe for so many workers, as YAML."""
     resources = recipe.resources.model_copy(update={"workers": workers})
     return recipe_yaml(recipe.model_copy(update={"resources": resources}))
+
+
+def last_line(log: Path) -> str:
+    """The end of a log and where it lies: why its workers ended."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"{lines[-1] if lines else 'no word'} ({log})"
 
 
 def _url(run: Path, store: Store) -> str:

@@ -58,6 +58,8 @@ class Note:
     step: int
     keys: tuple[str, ...]
     skipped: tuple[int, ...]
+    at: float
+    """Of `time.monotonic`, which all processes of a machine share."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,14 @@ def run_attempt(attempt: Attempt, place: Place, frozen: list[Group]) -> list[End
             rival.end()
 
 
+def trained_together(one: Ended, other: Ended) -> bool:
+    """Whether both took batches in the same stretch of time."""
+    spans = [
+        [note.at for worker in ended.notes for note in worker] or [0.0] for ended in (one, other)
+    ]
+    return min(spans[0]) < max(spans[1]) and min(spans[1]) < max(spans[0])
+
+
 def thaw_all(frozen: list[Group]) -> None:
     """Lets frozen groups go on."""
     for group in frozen:
@@ -313,7 +323,7 @@ def read_notes(path: Path) -> list[dict[str, Any]]:
 def _batches(lines: list[dict[str, Any]]) -> Iterator[Note]:
     for line in lines:
         if "step" in line:
-            yield Note(line["step"], tuple(line["keys"]), tuple(line["skipped"]))
+            yield Note(line["step"], tuple(line["keys"]), tuple(line["skipped"]), line["at"])
 
 
 def _pairs(lines: list[dict[str, Any]], name: str) -> Iterator[tuple[int, str]]:

@@ -156,7 +156,8 @@ class Saboteur:
     def _take(self, batch: Any) -> None:
         self._step = batch.step
         skipped = [picture.id for picture in batch.skipped]
-        self.note(step=batch.step, keys=list(batch.keys), skipped=skipped)
+        at = time.monotonic()
+        self.note(step=batch.step, keys=list(batch.keys), skipped=skipped, at=at)
         update, self._updates = self._updates, self._updates + 1
         if update == 0:
             self.note(loaders=[loader.pid for loader in multiprocessing.active_children()])

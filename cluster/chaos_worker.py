@@ -30,6 +30,7 @@ from cluster.writing import writing
 from training.control import stop_on_request
 from training.lease import LeaseHeld, LeaseLost, LeaseSettings, check_held, take_lease
 from training.run_folder import Patience, open_run_folder
+from training.stopping import stop_on_signals
 from training.world import World
 
 HUNG_S = 3.0
@@ -71,7 +72,10 @@ def _writer(told: Assignment, recipe: Recipe) -> Iterator[tuple[Callable[[], boo
         yield lambda: False, Links()
         return
     folder = open_run_folder(recipe.run)
-    with writing(recipe, folder, Console(file=sys.stderr)) as work:
+    with (
+        writing(recipe, folder, Console(file=sys.stderr)) as work,
+        stop_on_signals(work.flag),
+    ):
 
         def stop() -> bool:
             work.check_lease()
