@@ -32,6 +32,9 @@ from cluster.preemption import Notice, wanted
 
 logger = logging.getLogger(__name__)
 
+_CAUSES = ("The actor is dead because", "The actor died because")
+"""How the line of Ray's report begins that says why a process is gone."""
+
 RESIZE_WAIT_S = 120.0
 """Longest wait for the checkpoint before a resize; what it lacks then is computed again."""
 
@@ -147,7 +150,7 @@ def _loss(error: TrainingFailedError) -> Happening:
 def _first_line(error: BaseException) -> str:
     """Of a dead process what Ray knows of its end, which stands further down."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("The actor is dead because")] or lines
+    told = [line for line in lines if line.startswith(_CAUSES)] or lines
     return textwrap.shorten(told[0], 240, placeholder=" ...") if told else type(error).__name__
 
 

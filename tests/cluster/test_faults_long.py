@@ -37,9 +37,8 @@ def test_a_run_whose_head_is_lost_goes_on_in_another_cluster_from_its_folder_alo
         story.check_batches()
 
 
-@pytest.mark.parametrize("cut_rank", [0, 1])
 def test_a_machine_that_is_cut_off_is_done_without_and_joins_again_when_it_is_back(
-    tmp_path: Path, cut_rank: int
+    tmp_path: Path,
 ) -> None:
     # Names of this machine mean nothing on those hosts: the collectives are told their cable.
     env = {"GLOO_SOCKET_IFNAME": "eth0"}
@@ -50,7 +49,8 @@ def test_a_machine_that_is_cut_off_is_done_without_and_joins_again_when_it_is_ba
         with Story(tmp_path, nodes, *told) as story:
             story.wait("first_step", workers=2)
             story.wait_stored(20)
-            lost = story.node_of_worker(cut_rank)
+            # Not the first worker's: Ray may have put the driver on that one here.
+            lost = story.node_of_worker(1)
             host = hosts[lost.name]
             host.cut()
             assert "died" in story.wait("worker_lost", timeout_s=240).text
