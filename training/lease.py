@@ -11,6 +11,7 @@ run has another holder by then it ends without a word in the folder.
 """
 
 import logging
+import math
 import os
 import secrets
 import socket
@@ -44,6 +45,10 @@ logger = logging.getLogger(__name__)
 
 SKEW = timedelta(minutes=15)
 """Clocks that differ by more cannot use S3, which refuses their signatures."""
+
+
+TOLD_EVERY_S = 60.0
+"""Seconds between two words about a store that is away."""
 
 
 class LeaseHeld(ValueError):  # noqa: N818
@@ -175,12 +180,17 @@ class Lease:
         self.release()
 
     def _keep(self) -> None:
+        told_at = -math.inf
         while not self._ended.wait(self._settings.renew_every_s) and self._lost is None:
             try:
                 self.renew()
+                told_at = -math.inf
             except StoreError as error:
-                away_s = time.monotonic() - self._renewed_at
-                logger.warning("the lease was last renewed %.0f s ago: %s", away_s, error)
+                now = time.monotonic()
+                if now - told_at >= TOLD_EVERY_S:
+                    told_at = now
+                    away_s = now - self._renewed_at
+                    logger.warning("the lease was last renewed %.0f s ago: %s", away_s, error)
         if self._lost is not None:
             logger.error("%s", self._lost)
 

@@ -254,6 +254,8 @@ class RunFolder:
                         "not do this however often it is asked"
                     ) from error
                 problem = error
+                if attempt + 1 == self.patience.attempts:
+                    break  # told by the error below
                 logger.warning("%s %s/%s: %s", verb, self.url, name, _one_line(error))
         raise StoreError(
             f"could not {verb} {self.url}/{name} in {self.patience.attempts} attempts: "

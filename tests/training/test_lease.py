@@ -297,3 +297,20 @@ def test_who_wrote_last_in_the_pause_of_a_store_without_conditions_has_it() -> N
     with pytest.raises(LeaseHeld, match=r"by job b on two \(took it at this moment\)"):
         take_lease(folder, ME, settings, time, time.sleep)
     assert time.now_s == 102
+
+
+def test_a_store_that_is_away_is_told_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    moods = Moods()
+    folder = stumbling_folder(moods)
+    settings = LeaseSettings(ttl_s=5, renew_every_s=0.01, settle_s=0)
+    with take_lease(folder, this_process("a"), settings) as lease:
+        moods.fail_puts = 10**6
+        end = threading.Event()
+        while moods.fail_puts > 10**6 - 5:
+            end.wait(0.01)
+        moods.fail_puts = 0
+    assert lease.lost() is None
+    assert len([text for text in caplog.messages if "the lease was last renewed" in text]) == 1
+    state = read_lease(folder)
+    assert state is not None
+    assert state.is_released
