@@ -11,10 +11,13 @@ from cluster.chaos_check import Course, Differs, check_equal, check_same_batches
 from cluster.chaos_schedule import (
     Attempt,
     Fault,
+    Hang,
     Kill,
     KillAtFile,
     Schedule,
     StoreStumbles,
+    Terminate,
+    draw_ray_schedule,
     draw_schedule,
     fault_line,
     schedule_lines,
@@ -42,6 +45,14 @@ def test_two_hundred_schedules_hold_every_kind_of_fault_and_tell_of_each() -> No
     changing = [s for s in schedules if len({a.workers for a in s.attempts}) > 1]
     assert 20 < len(changing) < 180
     assert schedule_lines(schedules[0])[0].startswith("schedule 1 of seed 1: run ")
+
+
+def test_schedules_through_ray_end_with_a_job_that_meets_nothing() -> None:
+    schedules = [draw_ray_schedule(1, number) for number in range(1, 60)]
+    faults = [fault for s in schedules for a in s.attempts for fault in a.faults]
+    assert {type(fault) for fault in faults} == {Kill, KillAtFile, Terminate, Hang}
+    assert all(not s.attempts[-1].faults for s in schedules)
+    assert {s.store for s in schedules} == {"disk"}
 
 
 @pytest.fixture
