@@ -188,7 +188,9 @@ def test_a_pipeline_is_one_job_that_may_be_given_again(address: str, place: Path
 
 
 def _told(place: Path, run: str, steps: int) -> list[str]:
-    return [f"run={place / run}", f"data.shards={place / 'shards'}", f"loop.steps={steps}"]
+    """With checkpoints seconds apart: Ray takes note of one in a second, and waits for the last."""
+    run_and_data = (f"run={place / run}", f"data.shards={place / 'shards'}")
+    return [*run_and_data, f"loop.steps={steps}", "loop.checkpoint_every_steps=40"]
 
 
 def _last_step(run: Path) -> int:
