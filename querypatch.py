@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from cluster.chaos_cli import chaos
-from cluster.job_cli import jobs_cli
-from cluster.node_cli import node_app
-from cluster.preflight_cli import preflight
-from cluster.render_cli import render_app
-from cluster.shard_cli import shards_app
-from cluster.show_cli import show_app
-from cluster.study_cli import study_app
-from cluster.words import (
+from cluster.cli.chaos import chaos
+from cluster.cli.jobs import jobs_cli
+from cluster.cli.node import node_app
+from cluster.cli.preflight import preflight
+from cluster.cli.render import render_app
+from cluster.cli.shards import shards_app
+from cluster.cli.show import show_app
+from cluster.cli.study import study_app
+from cluster.cli.words import (
     Address,
     Continue,
     Depth,
@@ -43,8 +43,8 @@ from cluster.words import (
 )
 
 if TYPE_CHECKING:
+    from cluster.jobs.submitting import Order
     from cluster.stages import Recipe
-    from cluster.submitting import Order
     from finetune.predict import LoadedDetector
 
 app = typer.Typer(
@@ -107,11 +107,11 @@ def resume(
     """Continue a run from its newest whole checkpoint, at the very next batch."""
     with one_line_errors():
         if address is not None and is_jobs_address(address):
-            from cluster.orders import resume_order
+            from cluster.jobs.orders import resume_order
 
             _submit(resume_order(run, overrides or []), address, follow, insecure)
             return
-        from cluster.preflight import resumed_recipe
+        from cluster.preflight.inputs import resumed_recipe
 
         _run(resumed_recipe(run, overrides or []), local, address)
 
@@ -159,7 +159,7 @@ def evaluate(
 ) -> None:
     """Judge weights on a labelled set: COCO's twelve numbers or VOC's AP, by class."""
     with one_line_errors():
-        from cluster.weight_commands import evaluate_weights
+        from cluster.commands.weights import evaluate_weights
 
         evaluate_weights(
             weights, data, overrides or [], device, out, Console(), console(), kind, pictures
@@ -186,7 +186,7 @@ def predict(
 ) -> None:
     """Find objects in pictures: drawn pictures and COCO results; 1 if a picture was left out."""
     with one_line_errors():
-        from cluster.weight_commands import predict_files
+        from cluster.commands.weights import predict_files
 
         if predict_files(
             weights, pictures, out, threshold, batch_size, query or [], device, overwrite,
@@ -207,7 +207,7 @@ def export(
 ) -> None:
     """Write weights for use elsewhere: ours, the public DETR code's, transformers', or ONNX."""
     with one_line_errors():
-        from cluster.weight_commands import export_weights
+        from cluster.commands.weights import export_weights
 
         export_weights(source, destination, format, pictures or [], overwrite, console())
 
@@ -216,7 +216,7 @@ def export(
 def weights_show(source: Weights) -> None:
     """What a file, export or run holds: architecture, classes, tensors by part, origin."""
     with one_line_errors():
-        from cluster.weight_commands import weights_text
+        from cluster.commands.weights import weights_text
 
         typer.echo(weights_text(source))
 
@@ -234,7 +234,7 @@ def data_check(
 ) -> None:
     """Name every fault of a labelled set with its file and object; 1 if any is an error."""
     with one_line_errors():
-        from cluster.data_commands import check_data
+        from cluster.commands.labelled_sets import check_data
 
         if not check_data(data, kind, pictures, console(), depth, num_classes, out):
             raise typer.Exit(1)
@@ -298,12 +298,12 @@ def _start(
     go_on: bool,
 ) -> None:
     if address is not None and is_jobs_address(address):
-        from cluster.orders import start_order
+        from cluster.jobs.orders import start_order
 
         _submit(start_order(recipe, overrides, stage=stage), address)
         return
-    from cluster.continuing import begun_or_continued, told_over
-    from cluster.preflight import checked_new_run
+    from cluster.jobs.continuing import begun_or_continued, told_over
+    from cluster.preflight.inputs import checked_new_run
     from cluster.stages import recipe_of
 
     if not go_on:
@@ -318,7 +318,7 @@ def _start(
 
 
 def _submit(order: "Order", address: str, follow: bool = False, insecure: bool = False) -> None:
-    from cluster.job_commands import Submission, submit_order
+    from cluster.jobs.commands import Submission, submit_order
 
     if not submit_order(order, Submission(address, insecure, follow), console()):
         raise typer.Exit(1)

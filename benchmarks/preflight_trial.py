@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from cluster.preflight_checks import Check, check_line, looked_at
-from cluster.preflight_forecast import forecast, forecast_checks, pace_checks
-from cluster.preflight_kit import open_kit
-from cluster.preflight_memory import Seat, free_memory, memory_checks
-from cluster.preflight_trial import Bench, Pace, measured_pace
+from cluster.preflight.checks import Check, check_line, looked_at
+from cluster.preflight.forecast import forecast, forecast_checks, pace_checks
+from cluster.preflight.kit import open_kit
+from cluster.preflight.memory import Seat, free_memory, memory_checks
+from cluster.preflight.trial import Bench, Pace, measured_pace
 from cluster.stages import Recipe, found_recipe, parsed_recipe
 from data.shards import write_shards
 from data.sources import list_source

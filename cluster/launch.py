@@ -21,7 +21,7 @@ from rich.console import Console
 
 from cluster.board import Board, Message, Taken
 from cluster.events import RayEvents
-from cluster.packaging import shipped_code, shipped_environment
+from cluster.jobs.packaging import shipped_code, shipped_environment
 from cluster.stages import Recipe
 from cluster.storage import forget_ray_record, ray_storage
 from cluster.watchdog import BEFORE_FIRST

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.render_pods import USER
+from cluster.render.pods import USER
 
 DOCKER = Path(__file__).parents[1] / "docker"
 

@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 import querypatch
-from cluster import stages, words
+from cluster import stages
+from cluster.cli import words
 from data import detection_set, source_items
 from data.synthetic import write_scenes
 from finetune import export

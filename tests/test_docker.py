@@ -15,7 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from cluster.render_pods import USER
+from cluster.render.pods import USER
 from tests.dockerfile import DOCKER, copies, instructions, stages
 
 PROJECT = Path(__file__).parents[1]

@@ -274,8 +274,8 @@ def test_nothing_that_is_installed_listens_for_the_outside_unasked() -> None:
         for source in _sources()
         if source.floor in {*_floors(), "querypatch.py"} and "0.0.0.0" in source.text
     ]
-    assert said == ["cluster/render_k8s.py"]
-    assert PROJECT.joinpath("cluster/render_k8s.py").read_text().count("0.0.0.0") == 1
+    assert said == ["cluster/render/k8s.py"]
+    assert PROJECT.joinpath("cluster/render/k8s.py").read_text().count("0.0.0.0") == 1
 
 
 def test_folders_are_opened_by_urls_and_never_by_a_shell(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.status import RunStatus, read_status
+from cluster.jobs.status import RunStatus, read_status
 from data.synthetic import write_labelled_scenes, write_scenes
 from tests.cluster.ray_nodes import RayNode, RayNodes
 from tests.servers import S3Store, serve_s3

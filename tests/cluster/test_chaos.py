@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.chaos import Bench, open_bench, run_schedule, summary, verdict_lines
-from cluster.chaos_check import Course, Differs, check_equal, check_same_batches, distance
-from cluster.chaos_schedule import (
+from cluster.chaos.campaign import Bench, open_bench, run_schedule, summary, verdict_lines
+from cluster.chaos.check import Course, Differs, check_equal, check_same_batches, distance
+from cluster.chaos.schedule import (
     Attempt,
     Fault,
     Hang,
@@ -22,7 +22,7 @@ from cluster.chaos_schedule import (
     fault_line,
     schedule_lines,
 )
-from cluster.chaos_store import ChaosFileSystem, Weather
+from cluster.chaos.store import ChaosFileSystem, Weather
 from training.run_folder import Patience, StoreError, open_run_folder
 from training.snapshot import Position, Snapshot
 

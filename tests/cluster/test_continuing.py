@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.continuing import begun_or_continued
-from cluster.preflight import RefusedJob, checked_new_run
+from cluster.jobs.continuing import begun_or_continued
+from cluster.preflight.inputs import RefusedJob, checked_new_run
 from cluster.stages import Recipe
 from cluster.worker import run_alone
 from tests.finetune import small_run as finetuning

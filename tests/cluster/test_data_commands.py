@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.data_commands import check_data
+from cluster.commands.labelled_sets import check_data
 from tests.data.labelled_files import box, image, write_json
 
 

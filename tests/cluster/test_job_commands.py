@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import cluster.jobs
+import cluster.jobs.queue
 import querypatch
-from cluster.cluster_check import pins_of_this_machine
-from cluster.packaging import EXTRAS
-from cluster.submitting import Order
-from cluster.submitting import submit as submit_there
+from cluster.jobs.cluster_check import pins_of_this_machine
+from cluster.jobs.packaging import EXTRAS
+from cluster.jobs.submitting import Order
+from cluster.jobs.submitting import submit as submit_there
 from tests.cluster.jobs_server import TOKEN, JobsServer, doctor_says, serving
 from tests.pretrain.small_run import RECIPE
 from training.recipe import parse_recipe
@@ -35,7 +35,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobsServer]:
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster.jobs, "_RECONNECT_S", 0.05)
+    monkeypatch.setattr(cluster.jobs.queue, "_RECONNECT_S", 0.05)
     with serving(JobsServer(doctor=doctor_says(**FITS))) as started:
         yield started
 
@@ -82,7 +82,7 @@ def test_a_submitted_job_is_our_code_and_its_recipe_and_nothing_else(
 def test_paths_in_a_recipe_for_another_machine_are_told(
     server: JobsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.job_commands.is_this_machine", lambda _: False)
+    monkeypatch.setattr("cluster.jobs.commands.is_this_machine", lambda _: False)
     (tmp_path / "own.yaml").write_text(RECIPE)
     words = ("run=runs/b", "data.shards=s3://s", "--no-check", "--address", server.url)
     said = call("submit", tmp_path / "own.yaml", *words)
@@ -94,7 +94,7 @@ def test_ids_count_the_attempts_and_never_collide(server: JobsServer, tmp_path: 
         assert submit(server, tmp_path).splitlines()[0] == id
         server.end(id, "FAILED")
     assert submit(server, tmp_path, "--name", "night run").splitlines()[0] == "night-run-1"
-    client = cluster.jobs_api.connect(server.url)
+    client = cluster.jobs.client.connect(server.url)
     order = Order(("doctor",), "x")
     made = list[str]()
 
@@ -288,7 +288,7 @@ def test_a_cluster_without_tokens_is_refused_unless_it_is_here_or_insecure_is_sa
 ) -> None:
     server.token = None
     assert "has no jobs" in call("jobs", "--address", server.url)
-    monkeypatch.setattr("cluster.jobs_api.is_this_machine", lambda _: False)
+    monkeypatch.setattr("cluster.jobs.client.is_this_machine", lambda _: False)
     said = call("jobs", "--address", server.url, status=1)
     assert "asks for no token: whoever reaches it can run commands there" in said
     assert "has no jobs" in call("jobs", "--address", server.url, "--insecure")
@@ -314,6 +314,6 @@ def test_the_given_address_counts_more_than_the_environments(
 
 
 def test_looking_at_jobs_does_not_wait_for_torch() -> None:
-    look = "import sys, cluster.job_views; print({'torch', 'cv2'} & sys.modules.keys())"
+    look = "import sys, cluster.jobs.views; print({'torch', 'cv2'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "set()\n"), done.stderr

@@ -5,7 +5,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from cluster.packaging import FLOORS, MODULES, code_files, shipped_code
+from cluster.jobs.packaging import FLOORS, MODULES, code_files, shipped_code
 
 PROJECT = Path(__file__).parents[2]
 SETUPTOOLS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["setuptools"]

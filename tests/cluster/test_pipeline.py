@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import cluster.pipeline_commands
-from cluster.job_commands import Submission, status_of
-from cluster.pipeline import EvaluateStage, FinetuneStage, parse_pipeline, pipeline_values
-from cluster.pipeline_commands import opened_pipeline, submit_pipeline, walk_pipeline
-from cluster.pipeline_status import PIPELINE, stage_that_is_written
-from cluster.submitting import Order
+import cluster.pipeline.commands
+from cluster.jobs.commands import Submission, status_of
+from cluster.jobs.submitting import Order
+from cluster.pipeline.commands import opened_pipeline, submit_pipeline, walk_pipeline
+from cluster.pipeline.stages import EvaluateStage, FinetuneStage, parse_pipeline, pipeline_values
+from cluster.pipeline.status import PIPELINE, stage_that_is_written
 from tests.finetune import small_run as finetuning
 from tests.pretrain import small_run as pretraining
 from training.recipe import RecipeError
@@ -135,7 +135,7 @@ def test_a_done_run_is_held_to_its_recipe_and_an_evaluation_is_made_anew(walked:
 def test_a_run_that_was_asked_to_stop_ends_the_walk(
     walked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster.pipeline_commands, "run_alone", lambda *_: None)
+    monkeypatch.setattr(cluster.pipeline.commands, "run_alone", lambda *_: None)
     change = f"folder={tmp_path / 'out'}"
     told = io.StringIO()
     assert not walk_pipeline(str(walked / "walk.yaml"), [change], True, None, Console(file=told))
@@ -166,7 +166,7 @@ def test_a_submitted_pipeline_carries_the_recipes_that_it_names(
         sent.append(order)
         return True
 
-    monkeypatch.setattr(cluster.pipeline_commands, "submit_order", take)
+    monkeypatch.setattr(cluster.pipeline.commands, "submit_order", take)
     how = Submission("http://head:8265")
     assert submit_pipeline(str(walked / "walk.yaml"), [], how, Console(quiet=True))
     (order,) = sent

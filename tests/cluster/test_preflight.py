@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from cluster.launch import run_with_ray
-from cluster.preflight import RefusedJob, checked_inputs, checked_new_run, resumed_recipe
+from cluster.preflight.inputs import RefusedJob, checked_inputs, checked_new_run, resumed_recipe
 from cluster.worker import run_alone
 from data.index import ShardIndexError
 from data.shards import ShardSettings, write_shards

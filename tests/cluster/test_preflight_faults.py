@@ -13,16 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from cluster import (
-    preflight_data,
-    preflight_kit,
-    preflight_memory,
-    preflight_room,
-    preflight_run,
-    preflight_store,
-    preflight_trial,
-)
-from cluster.preflight_run import Report, Wishes, preflight_here
+import cluster.preflight.data as preflight_data
+import cluster.preflight.kit as preflight_kit
+import cluster.preflight.memory as preflight_memory
+import cluster.preflight.room as preflight_room
+import cluster.preflight.run as preflight_run
+import cluster.preflight.store as preflight_store
+import cluster.preflight.trial as preflight_trial
+from cluster.preflight.run import Report, Wishes, preflight_here
 from cluster.stages import Recipe
 from data.batches import PackedPatchBatch
 from finetune.recipe import FinetuneRecipe

@@ -8,15 +8,16 @@ from typing import get_args
 import pytest
 import torch
 
-from cluster import preflight_cli, preflight_data
+import cluster.cli.preflight as preflight_cli
+import cluster.preflight.data as preflight_data
 from cluster.doctor import Finding
-from cluster.preflight_batches import largest_shape, padded, repeated
-from cluster.preflight_checks import Check, NoAnswerError, looked_at, verdict_line, within
-from cluster.preflight_forecast import Forecast, duration, forecast, pace_checks
-from cluster.preflight_kit import open_kit
-from cluster.preflight_memory import Seat, largest_fitting
-from cluster.preflight_nodes import NodeFacts, node_checks
-from cluster.preflight_trial import Pace
+from cluster.preflight.batches import largest_shape, padded, repeated
+from cluster.preflight.checks import Check, NoAnswerError, looked_at, verdict_line, within
+from cluster.preflight.forecast import Forecast, duration, forecast, pace_checks
+from cluster.preflight.kit import open_kit
+from cluster.preflight.memory import Seat, largest_fitting
+from cluster.preflight.nodes import NodeFacts, node_checks
+from cluster.preflight.trial import Pace
 from finetune.recipe import FinetuneRecipe
 from models.structures import DetectionBatch, PatchBatch
 from tests.finetune import small_run as labelled

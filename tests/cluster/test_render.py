@@ -18,10 +18,10 @@ import yaml
 from typer.testing import CliRunner
 
 import querypatch
-from cluster.portable import PortableRecipe, portable_recipe
-from cluster.render_k8s import Kind, render_k8s
-from cluster.render_pods import USER
-from cluster.render_settings import K8sSettings, RayUpSettings, keys_text
+from cluster.jobs.portable import PortableRecipe, portable_recipe
+from cluster.render.k8s import Kind, render_k8s
+from cluster.render.pods import USER
+from cluster.render.settings import K8sSettings, RayUpSettings, keys_text
 from training.recipe import RecipeError
 
 PROJECT = Path(__file__).parents[2]

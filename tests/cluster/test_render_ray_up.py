@@ -7,8 +7,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster.render_ray_up import render_ray_up
-from cluster.render_settings import RayUpSettings
+from cluster.render.ray_up import render_ray_up
+from cluster.render.settings import RayUpSettings
 from tests.cluster.test_render import IMAGE, Tree, recipe
 from training.recipe import RecipeError
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import cluster.stop_commands
+import cluster.jobs.stopping
 import querypatch
-from cluster.status import NoRun, read_status, status_text
+from cluster.jobs.status import NoRun, read_status, status_text
 from training.checkpoint import FOLDER, MANIFEST
 from training.control import ask_to_stop, clear_stop, stop_asked
 from training.history import History, read_history
@@ -136,7 +136,7 @@ def test_credentials_in_a_url_are_not_shown(folder: RunFolder) -> None:
 def test_stop_waits_until_the_run_has_ended_and_says_its_checkpoint(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster.stop_commands, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(cluster.jobs.stopping, "LOOK_EVERY_S", 0.02)
     begun = threading.Event()
 
     def run() -> None:
@@ -162,7 +162,7 @@ def test_stop_waits_until_the_run_has_ended_and_says_its_checkpoint(
 def test_stop_says_when_nobody_runs_and_when_nobody_listens(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster.stop_commands, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(cluster.jobs.stopping, "LOOK_EVERY_S", 0.02)
     assert "is not running: stopped at step 50" in call("stop", folder.url)
     assert stop_asked(folder) is None
     with held(folder):

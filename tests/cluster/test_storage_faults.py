@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cluster.preflight import resumed_recipe
+from cluster.preflight.inputs import resumed_recipe
 from cluster.worker import run_alone
 from pretrain.recipe import PretrainRecipe
 from tests.faulty_store import Fault, FaultyStore, Request, faulty_store, random_faults

@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 import querypatch
-from cluster import jobs
-from cluster.jobs_api import connect
-from cluster.orders import start_order
-from cluster.submitting import submit
+from cluster.jobs import queue
+from cluster.jobs.client import connect
+from cluster.jobs.orders import start_order
+from cluster.jobs.submitting import submit
 from tests.cluster.ray_nodes import RayNodes
 from tests.finetune import small_run as finetuning
 from tests.pretrain.small_run import RECIPE, small_shards
@@ -102,7 +102,7 @@ def contested(address: str, place: Path) -> Contested:
     assert sorted(ids) == ["contested-1", "contested-2"]
 
     def ended() -> list[str]:
-        return [id for id in ids if jobs.find_job(client, id).status.is_terminal()]
+        return [id for id in ids if queue.find_job(client, id).status.is_terminal()]
 
     _wait(lambda: bool(ended()), "refusal")
     (loser,) = ended()
@@ -145,9 +145,9 @@ def test_it_is_stopped_with_a_checkpoint_and_resumed_from_its_url_alone(
 ) -> None:
     run, client = contested.run, connect(address)
     assert f"{run}: stopped at step" in call("stop", run)
-    ended = jobs.wait_for_end(client, contested.winner, PATIENCE_S)
+    ended = queue.wait_for_end(client, contested.winner, PATIENCE_S)
     assert ended is not None
-    assert jobs.succeeded(ended)
+    assert queue.succeeded(ended)
     stopped = _last_step(run)
     assert json.loads(call("status", run, "--json"))["checkpoint_step"] == stopped
 

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from safetensors import safe_open
 
-from cluster.preflight import RefusedJob, checked_new_run, resumed_recipe
+from cluster.preflight.inputs import RefusedJob, checked_new_run, resumed_recipe
 from cluster.worker import run_alone
 from data.sources import SourceError
 from data.synthetic import SHAPES
