@@ -39,6 +39,7 @@ from cluster.cli.words import (
     Weights,
     console,
     is_jobs_address,
+    keep_ray_on_loopback,
     one_line_errors,
 )
 
@@ -330,6 +331,8 @@ def _run(recipe: "Recipe", local: bool, address: str | None) -> None:
 
         run_alone(recipe, Console())
     else:
+        if address is None:
+            keep_ray_on_loopback()
         from cluster.launch import run_with_ray
 
         run_with_ray(recipe, address, Console())

@@ -15,6 +15,7 @@ from cluster.cli.words import (
     Overrides,
     console,
     is_jobs_address,
+    keep_ray_on_loopback,
     one_line_errors,
 )
 
@@ -139,6 +140,8 @@ def pipeline(
 ) -> None:
     """Pretrain, finetune, evaluate, export in one go; what is done is not done again."""
     with one_line_errors():
+        if address is None:
+            keep_ray_on_loopback()
         from cluster.pipeline.commands import submit_pipeline, walk_pipeline
 
         if address is not None and is_jobs_address(address):

@@ -59,6 +59,14 @@ def is_jobs_address(address: str | None) -> bool:
     return address is not None and address.startswith(("http://", "https://"))
 
 
+def keep_ray_on_loopback() -> None:
+    """Lets a Ray of our own, on this machine, listen on loopback alone; before Ray is imported.
+
+    Its dashboard does so anyway; its other ports would listen on all addresses (seen with 2.60).
+    """
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Errors that name the way out are shown as they are; QUERYPATCH_TRACEBACK=1 shows it all."""
