@@ -5,6 +5,7 @@ in other words, it is done again.
 """
 
 import json
+import logging
 import os
 from typing import Any, assert_never
 
@@ -48,13 +49,12 @@ def do_step(step: Step, url: str, storage: StorageSettings, address: str | None)
     if address is None:
         return _done(step, url, storage)
     code = {} if SUBMITTED in os.environ else {"working_dir": str(shipped_code())}
-    ray.init(address=address, runtime_env=code, log_to_driver=True)
+    ray.init(address=address, runtime_env=code, logging_level=logging.WARNING)
     try:
         task: Any = ray.remote(num_cpus=1, num_gpus=_gpus(step))(_done)
         text: str = ray.get(task.remote(step, url, storage))
     except RayTaskError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise StepFailed(lines[-1]) from error
+        raise StepFailed(str(error.cause)) from error
     finally:
         ray.shutdown()
     return text

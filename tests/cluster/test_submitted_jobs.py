@@ -176,7 +176,7 @@ def test_a_pipeline_is_one_job_that_may_be_given_again(address: str, place: Path
             "set": ["init=$first", train, validation, "loop.steps=2"],
         },
         "judged": {"evaluate": "$second", "data": validation.partition("=")[2]},
-        "exported": {"export": "$second", "format": "hf"},
+        "exported": {"export": "$second"},
     }
     (place / "walk.yaml").write_text(dump_yaml({"folder": str(place / "walk"), "stages": stages}))
     to = ("--address", address, "--follow", "--no-check")
