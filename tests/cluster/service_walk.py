@@ -209,8 +209,8 @@ def _line(words: Sequence[str]) -> list[str]:
 
 
 RECORDED = Size(
-    pretraining="tiny_cpu",
-    finetuning="tiny_cpu",
+    pretraining="pretrain/tiny_cpu",
+    finetuning="finetune/tiny_cpu",
     pretrain=(
         "data.held_out=null", "loop.evaluate_every=null", "checkpoints.best_metric=null",
         "loop.steps=300", "loop.log_every=20", "loop.checkpoint_every_steps=20",
