@@ -51,9 +51,15 @@ def recipe_of(stage: StageName, name: str, overrides: Sequence[str] = ()) -> Rec
     return parsed_recipe(recipe_values(stage, name, overrides), (), stage)
 
 
-def recipe_values(stage: StageName, name: str, overrides: Sequence[str] = ()) -> dict[str, object]:
-    """What a recipe and its overrides say, unchecked; RecipeError as `recipe_of`."""
-    return override(parse_recipe(recipe_source(name, _package(stage))), overrides)
+def recipe_values(
+    stage: StageName, name: str | Mapping[str, object], overrides: Sequence[str] = ()
+) -> dict[str, object]:
+    """What a recipe, by its name or itself, and its overrides say, unchecked.
+
+    Raises RecipeError as `recipe_of`.
+    """
+    source = recipe_source(name, _package(stage)) if isinstance(name, str) else name
+    return override(parse_recipe(source), overrides)
 
 
 def parsed_recipe(

@@ -16,7 +16,9 @@ from training.run_folder import RunFolder, open_run_folder
 from training.storage_settings import apply_storage_options
 
 
-def begun_or_continued(stage: StageName, name: str, overrides: Sequence[str]) -> Recipe:
+def begun_or_continued(
+    stage: StageName, name: str | Mapping[str, object], overrides: Sequence[str]
+) -> Recipe:
     """The recipe to start with: checked as a new run's, or that of the run which is there already.
 
     Whatever the recipe says must be what the run there was begun with, but for the keys that a

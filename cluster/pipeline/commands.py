@@ -5,7 +5,7 @@ given until all is done. Everything is checked before the first stage begins.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def walk_pipeline(
     Raises RecipeError before anything began, and the errors of the stages.
     """
     pipeline = opened_pipeline(file, overrides)
-    open_run_folder(pipeline.folder).write(PIPELINE, dump_yaml(pipeline_values(pipeline)).encode())
+    open_run_folder(pipeline.folder).write(PIPELINE, _self_contained(pipeline))
     for number, stage in enumerate(pipeline.stages, start=1):
         head = f"stage {number} of {len(pipeline.stages)}, {stage.name}"
         if _is_over(stage, pipeline):
@@ -63,16 +63,9 @@ def walk_pipeline(
 def submit_pipeline(
     file: str, overrides: Sequence[str], how: Submission, console: Console, name: str | None = None
 ) -> bool:
-    """Sends the pipeline and the recipes that it names to a cluster; returns as `submit_order`."""
+    """Sends the pipeline with its recipes to a cluster; returns as `submit_order`."""
     pipeline = opened_pipeline(file, overrides)
-    files, values = {}, pipeline_values(pipeline)
-    for stage in pipeline.stages:
-        run = _run_of(stage, pipeline)
-        if run is not None:
-            recipe = f"{stage.name}.yaml"
-            files[recipe] = dump_yaml({"stage": run.kind, **override({}, run.said)}).encode()
-            values = override(values, [f"stages.{stage.name}={{{run.kind}: {EXTRAS}/{recipe}}}"])
-    files[PIPELINE] = dump_yaml(values).encode()
+    files = {PIPELINE: _self_contained(pipeline)}
     words = ("pipeline", f"{EXTRAS}/{PIPELINE}", *ON_ITS_CLUSTER)
     url = public_url(pipeline.folder)
     return submit_order(Order(words, name or pipeline.folder, url, files), how, console)
@@ -98,13 +91,22 @@ def opened_pipeline(file: str, overrides: Sequence[str]) -> Pipeline:
     return pipeline
 
 
+def _self_contained(pipeline: Pipeline) -> bytes:
+    """The pipeline as YAML with its recipes in it: it means the same on other machines."""
+    runs = [(stage.name, _run_of(stage, pipeline)) for stage in pipeline.stages]
+    stages = {name: {run.kind: override({}, run.said)} for name, run in runs if run}
+    values = pipeline_values(pipeline)
+    named = [f"stages.{name}={json.dumps(stage)}" for name, stage in stages.items()]
+    return dump_yaml(override(values, named)).encode()
+
+
 @dataclass(frozen=True)
 class _Run:
     """A stage that is a run."""
 
     kind: StageName
-    recipe: str
-    """A shipped one's name, or a file."""
+    recipe: str | Mapping[str, object]
+    """A shipped one's name, a file, or itself."""
     overrides: tuple[str, ...]
     said: tuple[str, ...]
     """Overrides for all that the recipe and the stage say, with absolute paths."""

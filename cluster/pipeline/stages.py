@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from data.detection_set import SetKind
 from finetune.export import ExportFormat
@@ -37,8 +37,8 @@ _REFERENCE = re.compile(r"\$([A-Za-z0-9_-]+)")
 class PretrainStage(Settings):
     """`querypatch pretrain`."""
 
-    pretrain: str
-    """A shipped recipe's name, or a YAML file."""
+    pretrain: str | dict[str, JsonValue]
+    """A shipped recipe's name, a YAML file, or the recipe itself."""
     set: tuple[str, ...] = ()
     """Overrides KEY=VALUE of the recipe; `run` is the stage's folder."""
 
@@ -46,8 +46,8 @@ class PretrainStage(Settings):
 class FinetuneStage(Settings):
     """`querypatch finetune`."""
 
-    finetune: str
-    """A shipped recipe's name, or a YAML file."""
+    finetune: str | dict[str, JsonValue]
+    """A shipped recipe's name, a YAML file, or the recipe itself."""
     set: tuple[str, ...] = ()
     """Overrides KEY=VALUE of the recipe; `run` is the stage's folder."""
 
