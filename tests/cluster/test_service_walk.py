@@ -12,7 +12,7 @@ from tests.finetune.small_run import RECIPE as FINETUNING
 from tests.pretrain.small_run import RECIPE as PRETRAINING
 from tests.servers import S3Store
 
-STEPS = 600
+STEPS = 800
 
 
 @pytest.mark.slow
@@ -29,10 +29,10 @@ def test_a_run_survives_a_lost_node_a_stop_and_a_resume_and_a_detector_is_finetu
     size = Size(
         pretraining="pretraining.yaml",
         finetuning="finetuning.yaml",
-        pretrain=(f"loop.steps={STEPS}", "loop.checkpoint_every_steps=10"),
+        pretrain=(f"loop.steps={STEPS}", "loop.checkpoint_every_steps=40"),
         finetune=("loop.checkpoint_every_steps=null",),
-        killed_after=20,
-        stopped_after=10,
+        killed_after=40,
+        stopped_after=40,
     )
     with RayNodes(TOKEN, cluster_environment(s3_store)) as nodes:
         nodes.start_head()
