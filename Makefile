@@ -12,7 +12,7 @@ VENV ?= .venv
 TESTS ?=
 # Files of tests side by side; BESIDE=1 runs one after the other, as `pytest` alone does.
 BESIDE ?= 2
-PYTEST = $(VENV)/bin/python -m pytest -n $(BESIDE) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(VENV)/bin/python -m pytest -n $(BESIDE) --dist loadfile --no-loadscope-reorder
 CODE := models data training pretrain finetune cluster tests $(wildcard querypatch.py setup.py benchmarks)
 
 # A name on the PATH proves nothing (version managers install shims that refuse to run), so each is tried.

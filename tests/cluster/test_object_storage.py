@@ -18,7 +18,7 @@ from tests.servers import S3Store
 STEPS = 40
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_run_on_s3_through_ray_is_killed_and_resumed_elsewhere_from_its_url_alone(
     s3_store: S3Store, tmp_path: Path

@@ -84,7 +84,7 @@ resources: {device: cpu}
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_sparse_detector_is_pretrained_killed_resumed_to_the_bit_finetuned_and_judged(
     tmp_path: Path,
