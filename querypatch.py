@@ -21,6 +21,7 @@ from cluster.cli.shards import shards_app
 from cluster.cli.show import show_app
 from cluster.cli.study import study_app
 from cluster.cli.words import (
+    CHATTY,
     Address,
     Continue,
     Depth,
@@ -285,7 +286,7 @@ def load_detector(source: str, device: Literal["auto", "cpu", "cuda"] = "auto") 
 def main() -> None:
     """The `querypatch` command."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for chatty in ("onnxscript", "onnx_ir"):
+    for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     app()
 

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
@@ -149,6 +149,9 @@ def _loss(error: TrainingFailedError) -> Happening:
 
 def _first_line(error: BaseException) -> str:
     """Of a dead process what Ray knows of its end, which stands further down."""
+    if isinstance(error, ActorUnavailableError):
+        # Ray says at length which addresses and ids did not answer.
+        return "its machine, or its process, does not answer any more"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if line.startswith(_CAUSES)] or lines
     return textwrap.shorten(told[0], 240, placeholder=" ...") if told else type(error).__name__

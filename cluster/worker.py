@@ -237,5 +237,6 @@ def _log_to_driver(world: World) -> None:
 
 
 def _is_ours_or_warns(record: logging.LogRecord) -> bool:
-    # Ray Train names its loggers by their files.
-    return record.levelno >= logging.WARNING or "/ray/" not in record.name
+    # Ray Train names its loggers by their files; the S3 client tells where it found credentials.
+    is_theirs = "/ray/" in record.name or record.name.startswith(("aiobotocore", "botocore"))
+    return record.levelno >= logging.WARNING or not is_theirs

@@ -13,6 +13,9 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+CHATTY = ("onnxscript", "onnx_ir", "aiobotocore", "botocore")
+"""Libraries that log what nobody asked for, such as where they found credentials."""
+
 RecipeName = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Laid over the recipe.")

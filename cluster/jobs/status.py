@@ -127,8 +127,14 @@ def status_text(status: RunStatus) -> str:
     lines += [f"  {name:<11} {text}" for name, text in _parts(status) if text]
     if status.events:
         lines.append("  what happened last, in UTC:")
-        lines += [f"    {event.at[:19].replace('T', ' ')}  {event.text}" for event in status.events]
+        lines += [
+            f"    {event.at[:19].replace('T', ' ')}  {_told(event)}" for event in status.events
+        ]
     return "\n".join(lines)
+
+
+def _told(event: Event) -> str:
+    return f"{event.kind.replace('_', ' ')}: {event.text}"
 
 
 def _parts(status: RunStatus) -> list[tuple[str, str]]:

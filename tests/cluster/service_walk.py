@@ -29,6 +29,11 @@ from training.run_folder import RunFolder, open_run_folder
 TOKEN = "0123456789abcdef" * 4
 _WAIT_S = 300
 _ORDINARY = re.compile(r"127\.0\.0\.1:\d+")
+_NOISE = re.compile(
+    r"PlacementGroupCleaner|TrainController|raylet|core_worker\.cc|job_manager\.py|botocore|"
+    r"autoscaler|\[repeated |\(pid=|^  File |^    (?!\d{4}-)|^Traceback|^\s+\^+$"
+)
+_PROCESS = re.compile(r"\(RayTrainWorker pid=\d+(, ip=[\d.]+)?\) ")
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,8 @@ class Walk:
     def _tell(self, words: Sequence[str], said: str) -> None:
         shown = " ".join(f"'{word}'" if "#" in word else word for word in words)
         text = f"$ querypatch {shown}\n{said}".replace(self.nodes.jobs_url, "http://head:8265")
-        text = text.replace(f"{self.place}/", "")
-        self.told += ["```", _ORDINARY.sub("127.0.0.1:PORT", text).rstrip(), "```"]
+        text = _ORDINARY.sub("127.0.0.1:PORT", text.replace(f"{self.place}/", ""))
+        self.told += ["```", *_without_noise(text), "```"]
 
 
 def walk_whole(walk: Walk, size: Size, pictures: Path, labelled: str) -> str:
@@ -135,12 +140,12 @@ def walk_whole(walk: Walk, size: Size, pictures: Path, labelled: str) -> str:
         walk.command("status", night)
         walk.say("It is stopped, with a checkpoint, and the cluster is a node short.")
         walk.command("stop", night)
-    walk.say("That log, from its beginning to its end, is the last block but two above.")
+        walk.say("The job's log, which was followed all the while:")
     stopped = walk.status(night)
     assert stopped.state == "stopped"
     assert stopped.checkpoint_step == stopped.step, "the stop left no checkpoint of its step"
     walk.command("jobs", *address)
-    walk.say("Two nodes again, and one more. Nothing but the URL is needed.")
+    walk.say("Two nodes again. Nothing but the URL is needed.")
     walk.nodes.have_nodes(2)
     walk.command("resume", night, "resources.workers=2", *address, "--follow")
     resumed = walk.status(night)
@@ -202,6 +207,16 @@ def store_environment(store: S3Store) -> dict[str, str]:
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
         "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
     }
+
+
+def _without_noise(text: str) -> list[str]:
+    """Lines without those of Ray's own processes, and each once.
+
+    All nodes of this machine read the same log files, so a worker's line comes once for each.
+    """
+    lines = [_PROCESS.sub("", line) for line in text.splitlines()]
+    kept = [line.rstrip() for line in lines if not _NOISE.search(line)]
+    return list(dict.fromkeys(line for line in kept if line))
 
 
 def _line(words: Sequence[str]) -> list[str]:
