@@ -81,7 +81,7 @@ def test_a_run_that_goes_on_tells_how_far_how_fast_and_by_whom(folder: RunFolder
     assert "  checkpoint  step 40, 00:02:05 old" in said
     assert "  workers     3, 1 starts, 1 restarts" in said
     assert "  left out    3 broken pictures, 1 updates that were not finite" in said
-    assert "  writer      job a-2 on node-7, heard of 00:00:00 ago" in said
+    assert any(line.startswith("  writer      job a-2 on node-7, heard of 00:00:") for line in said)
     assert said[-3].endswith("  a worker on node-3 is gone")
 
 
