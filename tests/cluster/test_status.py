@@ -82,7 +82,7 @@ def test_a_run_that_goes_on_tells_how_far_how_fast_and_by_whom(folder: RunFolder
     assert "  workers     3, 1 starts, 1 restarts" in said
     assert "  left out    3 broken pictures, 1 updates that were not finite" in said
     assert any(line.startswith("  writer      job a-2 on node-7, heard of 00:00:") for line in said)
-    assert said[-3].endswith("  a worker on node-3 is gone")
+    assert said[-3].endswith("  worker lost: a worker on node-3 is gone")
 
 
 def test_the_state_follows_the_lease_and_what_was_told_last(folder: RunFolder) -> None:
