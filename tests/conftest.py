@@ -1,6 +1,8 @@
 """Fixtures of the whole suite: the small real data, and one thread so that runs compare."""
 
+import logging
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,6 +26,16 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set QUERYPATCH_DATA to the folder that holds it")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_loggers() -> Iterator[None]:
+    """Commands quieten loggers of this process; the next test hears them again."""
+    names = ("training.run_folder", "models.interop", "data.stream")
+    levels = {name: logging.getLogger(name).level for name in names}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -43,7 +43,7 @@ def test_a_run_survives_a_lost_node_a_stop_and_a_resume_and_a_detector_is_finetu
     record = [json.loads(line) for line in night.read("metrics.jsonl").decode().splitlines()]
     assert [line["step"] for line in record] == list(range(1, STEPS + 1))
     chain = json.loads(walk.folder(detector).read("load_report.json"))["chain"]
-    assert chain == [f"{s3_store.url}/runs/night"]
+    assert chain[0].startswith(f"{s3_store.url}/runs/night/")
     said = "\n".join(walk.told)
     assert TOKEN not in said
     assert str(s3_store.storage_options["secret"]) not in said
