@@ -5,8 +5,10 @@ decides when starting the workers again is of no more use. Ray Train starts them
 as there are where `resources.workers` is a range.
 """
 
+import atexit
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -76,7 +78,19 @@ def run_with_ray(recipe: Recipe, address: str | None, console: Console) -> None:
     except (JobFailed, LeaseLost):
         # Ray's printer of the workers' lines may have been stopped in the middle of one (seen).
         console.print()
+        atexit.register(_end_at_once)
         raise
+
+
+def _end_at_once() -> None:
+    """Ends this process, with status 1, before Ray's own exit handler runs.
+
+    Ray Train may still wait in its thread, and Ray that is shut down under it crashes (signal 11,
+    seen). A local Ray ends with its driver either way.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class _Fit(threading.Thread):

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from data.pictures import BrokenPicture, decode_picture
+from data.storage import StorageError
 from finetune.picture_sources import PictureRef, read_bytes
 from finetune.predict import PreparedPicture, prepare
 from models.artefact import PictureInput
@@ -108,7 +109,7 @@ def _load(entry: NumberedPicture, size: PictureInput) -> LoadedPicture | LeftOut
         return LoadedPicture(entry, content, prepare(decode_picture(content), size))
     except FileNotFoundError:
         return LeftOutPicture(public_url(entry.ref.url), "no such file")
-    except (BrokenPicture, OSError) as error:
+    except (BrokenPicture, StorageError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return LeftOutPicture(public_url(entry.ref.url), reason)
 

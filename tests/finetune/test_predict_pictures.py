@@ -174,7 +174,7 @@ def test_more_pictures_than_wait_at_once_all_come_through(tmp_path: Path) -> Non
 def test_credentials_of_urls_are_not_written_down(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.new("RGB", (5, 3)).save(stream, "PNG")
-    refs = find_pictures(["https://localhost:1/a.png?signature=secret"])
+    refs = find_pictures(["https://user:secret@localhost:1/a.png?signature=secret"])
     report = write_predictions(DETECTOR, refs, tmp_path / "out", 0.5, 1)
     assert len(report.left_out) == 1
     assert "secret" not in (tmp_path / "out" / IMAGES).read_text()
