@@ -7,7 +7,7 @@ repeated alone by its seed and number.
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -137,15 +137,24 @@ def open_bench(name: str, overrides: Sequence[str], out: Path) -> Bench:
     return Bench(out, stage, values, recipe.loop.steps)
 
 
+Attempts = Callable[[Bench, Schedule, Path, list[Ended]], None]
+"""Makes the starts of a schedule in a folder, and tells how each ended; raises Differs."""
+
+
 def run_schedule(bench: Bench, schedule: Schedule) -> Verdict:
+    """One schedule, with processes of this machine."""
+    return judged(bench, schedule, "schedule", _attempt_all)
+
+
+def judged(bench: Bench, schedule: Schedule, name: str, attempt_all: Attempts) -> Verdict:
     """One schedule in a folder of its own, which goes again where all is well."""
-    home = bench.out / f"schedule-{schedule.seed}-{schedule.number}"
+    home = bench.out / f"{name}-{schedule.seed}-{schedule.number}"
     shutil.rmtree(home, ignore_errors=True)
     attempts: list[Ended] = []
     began = time.monotonic()
     apart = difference = None
     try:
-        _attempt_all(bench, schedule, home, attempts)
+        attempt_all(bench, schedule, home, attempts)
         apart = check_schedule(bench, schedule, home, attempts)
         shutil.rmtree(home)
     except Differs as error:

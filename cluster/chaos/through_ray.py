@@ -8,7 +8,6 @@ is for a few schedules. The calm runs are made without Ray: their numbers are th
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from cluster.chaos.campaign import (
     MORE_ATTEMPTS,
     Bench,
     Verdict,
-    check_schedule,
+    judged,
     open_bench,
     recipe_at,
     tell_all,
@@ -61,25 +60,10 @@ def run_chaos_with_ray(
     bench = open_bench(name, [*overrides, *strict], out)
     verdicts: list[Verdict] = []
     for number in numbers:
-        verdicts.append(run_ray_schedule(bench, draw_ray_schedule(seed, number)))
+        schedule = draw_ray_schedule(seed, number)
+        verdicts.append(judged(bench, schedule, "ray-schedule", _run_jobs))
         console.print("\n".join(verdict_lines(verdicts[-1])), highlight=False, markup=False)
     tell_all(verdicts, seed, out, console)
-
-
-def run_ray_schedule(bench: Bench, schedule: Schedule) -> Verdict:
-    """One schedule in a folder of its own, which goes again where all is well."""
-    home = bench.out / f"ray-schedule-{schedule.seed}-{schedule.number}"
-    shutil.rmtree(home, ignore_errors=True)
-    attempts: list[Ended] = []
-    began = time.monotonic()
-    apart = difference = None
-    try:
-        _run_jobs(bench, schedule, home, attempts)
-        apart = check_schedule(bench, schedule, home, attempts)
-        shutil.rmtree(home)
-    except Differs as error:
-        difference = str(error)
-    return Verdict(schedule, tuple(attempts), difference, apart, time.monotonic() - began)
 
 
 def _run_jobs(bench: Bench, schedule: Schedule, home: Path, attempts: list[Ended]) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from cluster.processes import kill_tree
 from data.synthetic import write_scenes
+from tests.cluster.service_walk import store_environment
 from tests.pretrain.small_run import RECIPE
 from tests.servers import S3Store
 
@@ -92,13 +93,5 @@ def _line(arguments: tuple[object, ...]) -> list[str]:
 
 
 def _environment(store: S3Store) -> dict[str, str]:
-    """Credentials and endpoint the standard way, as a user gives them."""
-    return os.environ | {
-        "AWS_ACCESS_KEY_ID": str(store.storage_options["key"]),
-        "AWS_SECRET_ACCESS_KEY": str(store.storage_options["secret"]),
-        "AWS_ENDPOINT_URL": store.endpoint,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-        "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
+    code = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return os.environ | store_environment(store) | code
