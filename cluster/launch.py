@@ -78,19 +78,7 @@ def run_with_ray(recipe: Recipe, address: str | None, console: Console) -> None:
     except (JobFailed, LeaseLost):
         # Ray's printer of the workers' lines may have been stopped in the middle of one (seen).
         console.print()
-        atexit.register(_end_at_once)
         raise
-
-
-def _end_at_once() -> None:
-    """Ends this process, with status 1, before Ray's own exit handler runs.
-
-    Ray Train may still wait in its thread, and Ray that is shut down under it crashes (signal 11,
-    seen). A local Ray ends with its driver either way.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
 
 
 class _Fit(threading.Thread):
@@ -237,8 +225,9 @@ def _reason(error: BaseException) -> str:
 def _connected(resources: Resources, address: str | None) -> Iterator[None]:
     """A connection to the cluster at `address`, or to a fresh one on this machine.
 
-    After JobFailed and LeaseLost it goes with the process: Ray Train may still wait in its thread,
-    and Ray that is shut down under it ends the process at once, before anybody has said why (seen).
+    After any error it goes with the process, a second signal included: Ray Train may still wait in
+    its thread, and Ray that is shut down under it ends the process at once, before anybody has said
+    why, or keeps it for a minute (both seen).
     """
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     with _ray_settings(resources):
@@ -248,15 +237,22 @@ def _connected(resources: Resources, address: str | None) -> Iterator[None]:
             ray.init(address="local", num_cpus=cores, include_dashboard=True, **options)
         else:
             ray.init(address=address, runtime_env=_code(), **options)
-        failed = False
         try:
             yield
-        except (JobFailed, LeaseLost):
-            failed = True
+        except BaseException:
+            atexit.register(_end_at_once)
             raise
-        finally:
-            if not failed:
-                ray.shutdown()
+        ray.shutdown()
+
+
+def _end_at_once() -> None:
+    """Ends this process, with status 1, before Ray's own exit handler can crash it (seen).
+
+    A local Ray ends with its driver either way.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 @contextmanager

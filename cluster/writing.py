@@ -112,6 +112,8 @@ class _Ending:
                 self._tell_end()
             case LeaseLost():
                 self.history.add("lease_lost", str(error))
+            case KeyboardInterrupt() | SystemExit():
+                self.history.add("failed", "ended by a second signal, without a checkpoint")
             case _:
                 self.history.add("failed", _first_line(error))
 

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from cluster.writing import Writing
+from cluster.writing import Writing, writing
+from tests.pretrain.small_run import small_recipe
 from training.history import History, read_history
-from training.lease import LeaseLost
+from training.lease import LeaseLost, read_lease
 from training.run_folder import open_run_folder
 from training.stopping import StopFlag
 
@@ -30,6 +32,21 @@ def test_a_run_that_another_has_taken_over_ends(tmp_path: Path) -> None:
         work = Writing(history, StopFlag(), lease)
         with pytest.raises(LeaseLost, match="taken over by job b"):
             work.check_lease()
+
+
+@pytest.mark.parametrize("signal", [SystemExit(15), KeyboardInterrupt()])
+def test_a_run_that_a_second_signal_ends_says_so_and_lets_go_of_its_lease(
+    signal: BaseException, tmp_path: Path
+) -> None:
+    folder = open_run_folder(str(tmp_path / "run"))
+    recipe = small_recipe(tmp_path, tmp_path / "run")
+    with pytest.raises(type(signal)), writing(recipe, folder, Console(quiet=True)):
+        raise signal
+    last = read_history(folder)[-1]
+    assert (last.kind, last.text) == ("failed", "ended by a second signal, without a checkpoint")
+    lease = read_lease(folder)
+    assert lease is not None
+    assert lease.is_released
 
 
 def _lease(lost: str | None = None) -> tuple[Any, list[float]]:
