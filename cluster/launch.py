@@ -237,11 +237,9 @@ def _connected(resources: Resources, address: str | None) -> Iterator[None]:
             ray.init(address="local", num_cpus=cores, include_dashboard=True, **options)
         else:
             ray.init(address=address, runtime_env=_code(), **options)
-        try:
-            yield
-        except BaseException:
-            atexit.register(_end_at_once)
-            raise
+        atexit.register(_end_at_once)
+        yield
+        atexit.unregister(_end_at_once)
         ray.shutdown()
 
 
