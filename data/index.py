@@ -18,7 +18,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from data.storage import Folder, StorageOptions, StorageUnreachable, open_folder, put_bytes
+from data.storage import (
+    Folder,
+    StorageOptions,
+    StorageUnreachable,
+    open_folder,
+    put_bytes,
+    transient_errors,
+)
 
 INDEX_NAME = "index.json"
 _FORMAT = "querypatch shards"
@@ -90,7 +97,7 @@ def read_index(url: str, storage_options: StorageOptions | None = None) -> Shard
         raise ShardIndexError(
             f"may not read {folder.url}/{INDEX_NAME} ({error}): check the URL and the credentials"
         ) from error
-    except OSError as error:
+    except transient_errors(folder.url) as error:
         raise StorageUnreachable(
             f"cannot read {folder.url}/{INDEX_NAME} ({error}): check the URL and the network"
         ) from error
@@ -159,7 +166,7 @@ def _read_patiently(folder: Folder) -> bytes:
             return bytes(folder.filesystem.cat_file(folder.at(INDEX_NAME)))
         except (FileNotFoundError, PermissionError):
             raise
-        except OSError as error:
+        except transient_errors(folder.url) as error:
             _LOG.warning("read %s/%s: %s", folder.url, INDEX_NAME, " ".join(str(error).split()))
             time.sleep(pause_s)
     return bytes(folder.filesystem.cat_file(folder.at(INDEX_NAME)))

@@ -27,7 +27,7 @@ from data.byte_cache import ByteCache
 from data.index import Shard
 from data.ranges import SampleRange
 from data.samples import Sample, parse_samples
-from data.storage import StorageOptions, StorageUnreachable, open_folder
+from data.storage import StorageOptions, StorageUnreachable, open_folder, transient_errors
 from models.settings import Settings
 from models.urls import is_refusal
 
@@ -321,28 +321,6 @@ def is_permanent(error: OSError) -> bool:
 def one_line(error: Exception) -> str:
     """The kind of an error and its message, without line breaks."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def transient_errors(url: str) -> tuple[type[Exception], ...]:
-    """What may pass by itself; a filesystem's own errors exist only where its package does."""
-    match url.partition("://")[0]:
-        case "s3" | "s3a":
-            from aiohttp import ClientError
-            from botocore.exceptions import BotoCoreError
-
-            return (OSError, ClientError, BotoCoreError)
-        case "gs" | "gcs":
-            from aiohttp import ClientError
-            from gcsfs.retry import ChecksumError, HttpError
-            from google.auth.exceptions import GoogleAuthError
-
-            return (OSError, ClientError, ChecksumError, HttpError, GoogleAuthError)
-        case "http" | "https":
-            from aiohttp import ClientError
-
-            return (OSError, ClientError)
-        case _:
-            return (OSError,)
 
 
 def _cache_of(settings: ReadingSettings) -> ByteCache | None:

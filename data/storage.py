@@ -74,6 +74,28 @@ def open_folder(url: str, storage_options: StorageOptions | None = None) -> Fold
     return Folder(url.rstrip("/") or "/", filesystem, path.rstrip("/"))
 
 
+def transient_errors(url: str) -> tuple[type[Exception], ...]:
+    """What may pass by itself; a filesystem's own errors exist only where its package does."""
+    match url.partition("://")[0]:
+        case "s3" | "s3a":
+            from aiohttp import ClientError
+            from botocore.exceptions import BotoCoreError
+
+            return (OSError, ClientError, BotoCoreError)
+        case "gs" | "gcs":
+            from aiohttp import ClientError
+            from gcsfs.retry import ChecksumError, HttpError
+            from google.auth.exceptions import GoogleAuthError
+
+            return (OSError, ClientError, ChecksumError, HttpError, GoogleAuthError)
+        case "http" | "https":
+            from aiohttp import ClientError
+
+            return (OSError, ClientError)
+        case _:
+            return (OSError,)
+
+
 def file_sizes(folder: Folder) -> dict[str, int]:
     """Size in bytes of each file that lies directly in the folder, by name; empty where it is not.
 

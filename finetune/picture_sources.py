@@ -15,11 +15,11 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from data.pictures import BrokenPicture, decode_picture
-from data.reading import one_line, transient_errors
+from data.reading import one_line
 from data.samples import PICTURE_EXTENSIONS
 from data.source_items import PictureFile, SourceError
 from data.sources import list_source
-from data.storage import open_folder
+from data.storage import open_folder, transient_errors
 
 ImageInput: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
 """A path, a URL, a file's bytes, a PIL picture, or a uint8 array of height x width x 3 (RGB)."""

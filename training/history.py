@@ -26,7 +26,6 @@ Kind = Literal[
     "started",
     "workers",
     "first_step",
-    "checkpoint",
     "preemption_notice",
     "worker_lost",
     "restarting",

@@ -24,9 +24,8 @@ from cluster.stages import Recipe
 from data.detection_set import DetectionSet, aligned
 from data.index import ShardIndex, read_index
 from data.order import batches_per_epoch, rank_streams
-from data.reading import transient_errors
 from data.shard_check import check_shards
-from data.storage import file_sizes, open_folder
+from data.storage import file_sizes, open_folder, transient_errors
 from data.write_records import REPORT_NAME, announced_samples
 from finetune.recipe import SAME, FinetuneRecipe
 from finetune.sets import open_sets

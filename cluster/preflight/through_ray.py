@@ -25,7 +25,7 @@ from cluster.preflight.run import Report, Wishes, WorkerLook
 from cluster.preflight.store import NAME as RUN_FOLDER
 from cluster.preflight.store import QUICK, probe_name, remove_probe, store_checks
 from cluster.stages import Recipe, parsed_recipe
-from data.reading import transient_errors
+from data.storage import transient_errors
 from finetune.recipe import SAME, FinetuneRecipe
 from models.interop.backbones import RANDOM_WEIGHTS
 from models.urls import public_url

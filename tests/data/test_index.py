@@ -138,6 +138,20 @@ def test_an_index_that_cannot_be_had_tells_whether_a_later_start_may_help(
         read_index("/shards")
 
 
+def test_an_endpoint_that_nobody_answers_at_is_a_store_that_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("data.index._PAUSES_S", ())
+    options = {
+        "key": "k",
+        "secret": "s",
+        "endpoint_url": "http://127.0.0.1:9",
+        "config_kwargs": {"retries": {"max_attempts": 0}},
+    }
+    with pytest.raises(StorageUnreachable, match=r"cannot read s3://bucket/shards/index\.json"):
+        read_index("s3://bucket/shards", options)
+
+
 def test_an_index_is_asked_for_again_where_the_store_stumbles(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
