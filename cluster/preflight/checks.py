@@ -68,6 +68,22 @@ def looked_at(
     return tuple(found)
 
 
+class Look:
+    """Checks as they are made, each told to `hear` at once."""
+
+    def __init__(self, hear: Hear) -> None:
+        self.checks: list[Check] = []
+        self._hear = hear
+
+    def _add(
+        self, name: str, look: Callable[[], Iterable[Check]], unless: Sequence[Check] = ()
+    ) -> tuple[Check, ...]:
+        """As `looked_at`."""
+        found = looked_at(name, look, self._hear, unless)
+        self.checks += found
+        return found
+
+
 def first_fault(checks: Iterable[Check]) -> Check | None:
     """The first that must be mended; None where there is none."""
     return next((check for check in checks if check.state == "fault"), None)

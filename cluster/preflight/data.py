@@ -5,16 +5,16 @@ decoded as the stream will do it. Every byte is read only where `depth` is `whol
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Literal, assert_never
 
 from cluster.preflight.checks import (
     Check,
     Hear,
+    Look,
     NoAnswerError,
     listed,
-    looked_at,
     one_line,
     plural,
     within,
@@ -44,18 +44,17 @@ UNEVEN_SHARES = 1.2
 """The same of the pictures that two workers have of one batch."""
 
 
-class DataLook:
+class DataLook(Look):
     """Looks at the pictures of a run; what it opened stays open for the trial step."""
 
     def __init__(self, recipe: Recipe, depth: Depth, hear: Hear) -> None:
-        self.checks: list[Check] = []
+        super().__init__(hear)
         self.index: ShardIndex | None = None
         """Of what is learned from, once it could be read."""
         self.sets: TaskSets | None = None
         """Of finetuning, once they could be opened."""
         self._recipe = recipe
         self._depth = depth
-        self._hear = hear
 
     def look(self) -> None:
         """Makes all checks."""
@@ -118,13 +117,6 @@ class DataLook:
             self._add(f"{key}: pictures", look, unless)
         if self._depth == "whole" and pictures.files is None:
             self._add(f"{key}: bytes", partial(_every_byte, key, pictures.index.url), unless)
-
-    def _add(
-        self, name: str, look: Callable[[], Iterable[Check]], unless: Sequence[Check] = ()
-    ) -> tuple[Check, ...]:
-        found = looked_at(name, look, self._hear, unless)
-        self.checks += found
-        return found
 
 
 def _different(sets: TaskSets) -> dict[str, DetectionSet]:

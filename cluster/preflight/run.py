@@ -5,14 +5,14 @@ on a worker's own device. Nothing is left behind.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from cluster.doctor import findings
 from cluster.kernels import check_kernels
-from cluster.preflight.checks import Check, Hear, first_fault, looked_at
+from cluster.preflight.checks import Check, Hear, Look, first_fault, looked_at
 from cluster.preflight.data import DataLook, Depth
 from cluster.preflight.forecast import Forecast, forecast, forecast_checks, pace_checks
 from cluster.preflight.kit import open_kit
@@ -73,16 +73,15 @@ def preflight_here(recipe: Recipe, wishes: Wishes, hear: Hear) -> Report:
     return Report((*store, *data.checks, *machine, *trial.checks), trial.forecast)
 
 
-class WorkerLook:
+class WorkerLook(Look):
     """What a worker finds on its own machine: kernels, weights, a trial step, a checkpoint."""
 
     def __init__(self, recipe: Recipe, wishes: Wishes, seat: Seat, hear: Hear) -> None:
-        self.checks: list[Check] = []
+        super().__init__(hear)
         self.forecast: Forecast | None = None
         self._recipe = recipe
         self._wishes = wishes
         self._seat = seat
-        self._hear = hear
         self._bench: Bench | None = None
         self._pace: Pace | None = None
 
@@ -144,13 +143,6 @@ class WorkerLook:
     def _speed(self, bench: Bench) -> Iterator[Check]:
         self._pace = measured_pace(bench)
         yield from pace_checks(bench.kit.recipe, self._pace)
-
-    def _add(
-        self, name: str, look: Callable[[], Iterable[Check]], unless: Sequence[Check] = ()
-    ) -> tuple[Check, ...]:
-        found = looked_at(name, look, self._hear, unless)
-        self.checks += found
-        return found
 
 
 def cores() -> int:
