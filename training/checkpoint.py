@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from training.kept import find_kept, forget_kept, kept_folder
-from training.manifest import FileRecord, Manifest, checkpoint_name, parse_manifest
+from training.manifest import FileRecord, Manifest, checkpoint_name, is_cut, parse_manifest
 from training.retention import RetentionSettings, expired
 from training.run_folder import RunFolder
 from training.snapshot import (
@@ -130,7 +130,8 @@ def read_manifest(folder: RunFolder, step: int) -> Manifest | None:
 def load_newest(folder: RunFolder) -> Snapshot | None:
     """The newest checkpoint whose hashes are right; None where the run has none at all.
 
-    Each one that is passed over is logged as a warning that names what was wrong.
+    Each one that is passed over is logged as a warning that names what was wrong. A cut manifest in
+    the only checkpoint is that of a run killed while it stored its first one: it has none yet.
 
     Raises:
         CheckpointError: there are checkpoints with a manifest, and not one of them is whole.
@@ -140,7 +141,11 @@ def load_newest(folder: RunFolder) -> Snapshot | None:
             return load_checkpoint(folder, manifest)
         except CheckpointError as error:
             logger.warning("passing over a checkpoint: %s", error)
-    broken = [step for step in _steps(folder) if folder.size(_place(step, MANIFEST)) is not None]
+    steps = _steps(folder)
+    broken = [step for step in steps if folder.size(_place(step, MANIFEST)) is not None]
+    if len(steps) == 1 and broken and is_cut(folder.read(_place(broken[0], MANIFEST))):
+        logger.warning("%s: the first checkpoint was never finished; from the start", folder.url)
+        return None
     if broken:
         raise CheckpointError(
             f"{folder.url}/{FOLDER}: none of the {len(broken)} checkpoints is whole, see the "

@@ -1,5 +1,6 @@
 """The manifest of a checkpoint: the file that is written last and makes the others count."""
 
+import json
 from typing import Literal
 
 from pydantic import Field, ValidationError
@@ -53,3 +54,12 @@ def parse_manifest(data: bytes) -> Manifest:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ValueError(f"{key or 'the file'}: {first['msg']}") from None
+
+
+def is_cut(data: bytes) -> bool:
+    """Whether it is no JSON at all: the beginning of a file, or nothing of it."""
+    try:
+        json.loads(data)
+    except ValueError:
+        return True
+    return False

@@ -46,6 +46,7 @@ from cluster.chaos.schedule import (
     schedule_lines,
 )
 from cluster.chaos.store import PROTOCOL
+from cluster.chaos.worker import LEASE
 from cluster.stages import Recipe, StageName, found_recipe, parsed_recipe
 from training.checkpoint import load_newest
 from training.recipe import RecipeError, override, parse_recipe, recipe_yaml
@@ -208,6 +209,17 @@ def _attempt_all(bench: Bench, schedule: Schedule, home: Path, attempts: list[En
         raise Differs("workers that had been frozen did not end when the run was another's")
 
 
+def taken_over(attempt: Attempt, ended: Ended) -> bool:
+    """Whether a second start may have trained: the first could not renew its lease, and gave way.
+
+    Whoever is cut off from the store goes on computing, writes nothing, and ends when it is back.
+    """
+    away_s = max(
+        (fault.seconds for fault in attempt.faults if isinstance(fault, StoreAway)), default=0
+    )
+    return away_s >= LEASE.ttl_s and ended.refused is not None
+
+
 def _start_until_done(
     bench: Bench, schedule: Schedule, home: Path, attempts: list[Ended], frozen: list[Group]
 ) -> None:
@@ -218,7 +230,7 @@ def _start_until_done(
         place = _place(bench, recipe, attempt, home, number, key)
         found = run_attempt(attempt, place, frozen)
         attempts += found
-        if len(found) > 1 and trained_together(*found):
+        if len(found) > 1 and trained_together(*found) and not taken_over(attempt, found[0]):
             raise Differs(f"start {number}: a second start trained beside it, see {found[1].log}")
         for ended in found:
             is_calm = not attempt.faults and ended.refused is None

@@ -6,15 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.chaos.campaign import Bench, open_bench, run_schedule, summary, verdict_lines
+from cluster.chaos.campaign import (
+    Bench,
+    open_bench,
+    run_schedule,
+    summary,
+    taken_over,
+    verdict_lines,
+)
 from cluster.chaos.check import Course, Differs, check_equal, check_same_batches, distance
+from cluster.chaos.group import Ended
 from cluster.chaos.schedule import (
     Attempt,
     Fault,
     Hang,
     Kill,
     KillAtFile,
+    Rival,
     Schedule,
+    StoreAway,
     StoreStumbles,
     Terminate,
     draw_ray_schedule,
@@ -53,6 +63,19 @@ def test_schedules_through_ray_end_with_a_job_that_meets_nothing() -> None:
     assert {type(fault) for fault in faults} == {Kill, KillAtFile, Terminate, Hang}
     assert all(not s.attempts[-1].faults for s in schedules)
     assert {s.store for s in schedules} == {"disk"}
+
+
+@pytest.mark.parametrize(
+    ("away_s", "refused", "allowed"),
+    [(2.0, "taken over by another", True), (2.0, None, False), (0.3, "taken over", False)],
+)
+def test_only_who_was_cut_off_as_long_as_a_lease_lives_and_gave_way_may_be_followed(
+    away_s: float, refused: str | None, allowed: bool
+) -> None:
+    ended = Ended(1, "finished", 7, ((),), None, (), (), refused, (), Path("log.txt"))
+    attempt = Attempt(1, faults=(Rival(0), StoreAway(2, away_s)))
+    assert taken_over(attempt, ended) is allowed
+    assert not taken_over(Attempt(1, faults=(Rival(0),)), ended)
 
 
 @pytest.fixture

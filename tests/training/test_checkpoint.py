@@ -245,6 +245,26 @@ def test_if_no_checkpoint_is_whole_the_run_does_not_start_afresh_by_itself(
         load_newest(folder)
 
 
+def test_a_first_checkpoint_whose_manifest_is_cut_was_never_finished(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(folder, 2)
+    manifest = folder.read("checkpoints/step_000002/manifest.json")
+    spoil(folder, "step_000002/manifest.json", manifest[: len(manifest) // 2])
+    assert load_newest(folder) is None
+    assert "the first checkpoint was never finished" in caplog.text
+    save(folder, 2)
+    assert newest_step(folder) == 2
+
+
+def test_of_several_checkpoints_with_cut_manifests_nobody_starts_afresh(folder: RunFolder) -> None:
+    for step in (2, 3):
+        save(folder, step)
+        spoil(folder, f"step_00000{step}/manifest.json", b'{"format": 1, "st')
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is whole"):
+        load_newest(folder)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"), [({"epoch": 3}, "KeyError: 'optimiser'"), (Path("x"), "UnpicklingError")]
 )
