@@ -17,7 +17,8 @@ from models.settings import Settings
 
 ARCHITECTURE = (
     *("hidden_dim", "num_heads", "encoder_layers", "decoder_layers", "feedforward_dim"),
-    *("pre_norm", "position", "num_queries"),
+    *("pre_norm", "position", "num_queries", "query_kind", "num_patterns"),
+    *("position_temperature", "scale_positions", "activation"),
     *("encoder_attention", "decoder_attention", "feature_levels"),
     *("encoder_points", "decoder_points"),
     *("backbone.name", "backbone.dilation", "backbone.stride_in_1x1", "backbone.output"),

@@ -6,11 +6,21 @@ they exist only where `attention_weights` is called for.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What attention compares and mixes; queries and keys may be wider than values."""
+
+    queries: Float[Tensor, "batch heads queries head_dim"]
+    keys: Float[Tensor, "batch heads tokens head_dim"]
+    values: Float[Tensor, "batch heads tokens value_dim"]
 
 
 class Attention(nn.Module):
@@ -28,19 +38,28 @@ class Attention(nn.Module):
         self, tokens: Float[Tensor, "batch queries dim"]
     ) -> Float[Tensor, "batch heads queries head_dim"]:
         """What is looked for."""
-        return self._split(self._project(tokens, 0, 1))
+        return split_heads(self._project(tokens, 0, 1), self.num_heads)
 
     def project_keys(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """What is looked at."""
-        return self._split(self._project(tokens, 1, 2))
+        return split_heads(self._project(tokens, 1, 2), self.num_heads)
 
     def project_values(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """What is taken."""
-        return self._split(self._project(tokens, 2, 3))
+        return split_heads(self._project(tokens, 2, 3), self.num_heads)
+
+    def project_among(
+        self,
+        content: Float[Tensor, "batch queries dim"],
+        position: Float[Tensor, "batch queries dim"],
+    ) -> Projected:
+        """Self-attention of tokens that stand at the given positions."""
+        queries, keys = self.project_queries_and_keys(content + position)
+        return Projected(queries, keys, self.project_values(content))
 
     def project_queries_and_keys(
         self, tokens: Float[Tensor, "batch tokens dim"]
@@ -49,7 +68,7 @@ class Attention(nn.Module):
     ]:
         """Queries and keys of self-attention, in one product."""
         queries, keys = self._project(tokens, 0, 2).chunk(2, dim=-1)
-        return self._split(queries), self._split(keys)
+        return split_heads(queries, self.num_heads), split_heads(keys, self.num_heads)
 
     def forward(
         self,
@@ -59,14 +78,8 @@ class Attention(nn.Module):
         hidden: Bool[Tensor, "#batch #heads #queries tokens"] | None,
     ) -> Float[Tensor, "batch queries dim"]:
         """The mixtures of values, projected; no query sees a token where `hidden` is True."""
-        mixed = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=None if hidden is None else ~hidden,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        projected: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        dropout = self.dropout if self.training else 0.0
+        projected: Tensor = self.out_proj(mixture(queries, keys, values, hidden, dropout))
         return projected
 
     def _project(self, tokens: Tensor, first: int, end: int) -> Tensor:
@@ -75,10 +88,34 @@ class Attention(nn.Module):
         rows = slice(first * dim, end * dim)
         return F.linear(tokens, self.in_proj_weight[rows], self.in_proj_bias[rows])
 
-    def _split(self, tokens: Tensor) -> Tensor:
-        batch, length, dim = tokens.shape
-        heads = tokens.view(batch, length, self.num_heads, dim // self.num_heads)
-        return heads.transpose(1, 2)
+
+def split_heads(
+    tokens: Float[Tensor, "batch tokens dim"], num_heads: int
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """The channels shared evenly between the heads."""
+    batch, length, dim = tokens.shape
+    return tokens.view(batch, length, num_heads, dim // num_heads).transpose(1, 2)
+
+
+def mixture(
+    queries: Float[Tensor, "batch heads queries head_dim"],
+    keys: Float[Tensor, "batch heads tokens head_dim"],
+    values: Float[Tensor, "batch heads tokens value_dim"],
+    hidden: Bool[Tensor, "#batch #heads #queries tokens"] | None,
+    dropout: float,
+) -> Float[Tensor, "batch queries dim"]:
+    """The mixtures of values of all heads side by side; nothing comes from where `hidden` is True.
+
+    `dropout` is the share of attention weights that is dropped.
+    """
+    mixed = F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=None if hidden is None else ~hidden,
+        dropout_p=dropout,
+    )
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def attention_weights(

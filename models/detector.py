@@ -1,8 +1,9 @@
 """The detectors: a CNN, a transformer, and object queries that each say one box.
 
-DETR (Carion et al., ECCV 2020), Deformable DETR (Zhu et al., ICLR 2021) and Sparse DETR (Roh et
-al., ICLR 2022) in one architecture: `encode` turns pictures into a memory, `decode` lets groups of
-queries read it with shared weights. UP-DETR adds its patches to the queries outside
+DETR (Carion et al., ECCV 2020), Conditional DETR (Meng et al., ICCV 2021), DAB-DETR (Liu et al.,
+ICLR 2022), Deformable DETR (Zhu et al., ICLR 2021) and Sparse DETR (Roh et al., ICLR 2022) in one
+architecture: `encode` turns pictures into a memory, `decode` lets groups of queries read it with
+shared weights. UP-DETR adds its patches to the queries outside
 (`models.patch_queries`); nothing here knows of them.
 """
 
@@ -13,19 +14,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone, feature_padding
+from models.decoder import DecodedLayer, Decoder, decoder_shape, position_kind
 from models.deformable_attention import cell_centres
 from models.detector_settings import DetectorSettings
 from models.heads import (
     BoxHead,
-    begin_at_reference,
-    begin_rare,
+    Perceptron,
     box_heads,
     class_heads,
     read_boxes,
     read_boxes_by_logit,
     read_logits,
 )
-from models.initialise import initialise
+from models.initialise import begin, initialise
 from models.levels import input_levels, level_paddings, project_levels, valid_ratios
 from models.position import LearnedPositions, sine_positions
 from models.proposals import (
@@ -37,6 +38,7 @@ from models.proposals import (
     predict_tokens,
     queries_of,
 )
+from models.query_positions import anchor_queries
 from models.selection import TokenScorer, chance, select_tokens
 from models.structures import (
     DetectorOutput,
@@ -50,19 +52,7 @@ from models.structures import (
     TokenPredictions,
     TokenSelection,
 )
-from models.transformer import (
-    Cells,
-    DecodedLayer,
-    Decoder,
-    EncodedCells,
-    Encoder,
-    decoder_shape,
-    encoder_shape,
-    take,
-)
-
-_FIRST_SIZE_LOGIT = -2.0
-"""Learned reference points begin with boxes of side sigmoid(-2) = 0.12 (the paper says 0.1)."""
+from models.transformer import Cells, EncodedCells, Encoder, encoder_shape, take
 
 
 class Detector(nn.Module):
@@ -76,15 +66,21 @@ class Detector(nn.Module):
         dim = settings.hidden_dim
         self.backbone = Backbone(settings.backbone, settings.backbone_levels)
         self._make_input(settings)
-        self.encoder = Encoder(encoder_shape(settings), settings.encoder_layers)
-        self.decoder = Decoder(decoder_shape(settings), settings.decoder_layers)
+        self.encoder = Encoder(
+            encoder_shape(settings),
+            settings.encoder_layers,
+            scales_positions=settings.scale_positions,
+        )
+        self.decoder = Decoder(
+            decoder_shape(settings), settings.decoder_layers, position_kind(settings)
+        )
         self._make_queries(settings)
         depth = settings.decoder_layers if settings.box_refinement else None
         self.class_head = _heads(depth, lambda: nn.Linear(dim, num_logits(settings)))
         self.box_head = _heads(depth, lambda: BoxHead(dim))
         self._make_token_heads(settings)
         initialise(self, generator)
-        self._begin(generator)
+        begin(self, settings, generator)
 
     def forward(self, images: Images, record: Record = "nothing") -> DetectorOutput:
         """What the object queries find, and with `record` where each layer and head looked.
@@ -140,7 +136,7 @@ class Detector(nn.Module):
         if record == "nothing" and self.training and self.settings.learns_selection:
             record = "cross"
         refining = None
-        if self.settings.box_refinement:
+        if self.settings.refines_boxes:
             refining = box_heads(self.box_head, self.settings.decoder_layers)
         decoded = self.decoder(memory, groups, record, refining)
         return DetectorOutput(
@@ -157,14 +153,7 @@ class Detector(nn.Module):
         There are never more of the latter than tokens.
         """
         if memory.proposals is None:
-            learned, batch = self.learned_queries(), memory.tokens.shape[0]
-            reference = learned.reference
-            return QueryGroup(
-                "queries",
-                content=learned.content.expand(batch, -1, -1),
-                position=learned.position.expand(batch, -1, -1),
-                reference=None if reference is None else reference.expand(batch, -1, -1),
-            )
+            return self.learned_queries().of_pictures("queries", memory.tokens.shape[0])
         assert self.proposal_queries is not None
         best = best_proposals(self.proposal_scores(memory.proposals), self.settings.num_queries)
         return queries_of(best, memory.proposals, memory.tokens, self.proposal_queries)
@@ -177,12 +166,25 @@ class Detector(nn.Module):
                 "when the transformer is finetuned"
             )
         vectors = self.queries.weight
+        if self.settings.query_kind == "anchor":
+            return anchor_queries(vectors, self.patterns, self.settings.hidden_dim)
         if self.reference_points is None:
             return LearnedQueries(vectors, torch.zeros_like(vectors), None)
-        position, content = vectors.chunk(2, dim=-1)
-        with torch.autocast(vectors.device.type, enabled=False):
-            reference = self.reference_points(position).sigmoid()
-        return LearnedQueries(position, content, reference)
+        if self.settings.decoder_attention == "conditional":
+            position, content = vectors, torch.zeros_like(vectors)
+        else:
+            position, content = vectors.chunk(2, dim=-1)
+        return LearnedQueries(position, content, self.references_of(position))
+
+    def references_of(self, position: Float[Tensor, "*any dim"]) -> Float[Tensor, "*any 2"]:
+        """Where queries with these position vectors look around: points (x, y), float32.
+
+        Of detectors whose queries have points, Conditional and Deformable DETR, alone.
+        """
+        assert self.reference_points is not None
+        with torch.autocast(position.device.type, enabled=False):
+            said: Tensor = self.reference_points(position)
+            return said.sigmoid()
 
     def proposal_scores(self, proposals: TokenPredictions) -> Float[Tensor, "batch tokens"]:
         """How good a query each token would make: its best class, or that it is an object."""
@@ -202,13 +204,19 @@ class Detector(nn.Module):
     def _make_queries(self, settings: DetectorSettings) -> None:
         dim = settings.hidden_dim
         samples = settings.decoder_attention == "deformable"
-        self.queries, self.reference_points, self.proposal_queries = None, None, None
+        self.queries, self.proposal_queries = None, None
+        self.reference_points: nn.Linear | Perceptron | None = None
+        self.patterns = nn.Embedding(settings.num_patterns, dim) if settings.num_patterns else None
         if settings.two_stage:
             keeps_token = settings.proposal_content == "memory"
             self.proposal_queries = ProposalQueries(dim, dim if keeps_token else 2 * dim)
             return
-        self.queries = nn.Embedding(settings.num_queries, 2 * dim if samples else dim)
-        self.reference_points = nn.Linear(dim, 2) if samples else None
+        anchors = settings.query_kind == "anchor"
+        self.queries = nn.Embedding(settings.num_queries, 4 if anchors else dim * (1 + samples))
+        if samples:
+            self.reference_points = nn.Linear(dim, 2)
+        elif settings.decoder_attention == "conditional" and not anchors:
+            self.reference_points = Perceptron(dim, dim, 2, num_layers=2)
 
     def _make_token_heads(self, settings: DetectorSettings) -> None:
         """What tokens say before and after the encoder, where anything is asked of them."""
@@ -228,25 +236,6 @@ class Detector(nn.Module):
             _heads(inner, lambda: nn.Linear(dim, logits)) if auxiliary else None
         )
         self.encoder_box_head = _heads(inner, lambda: BoxHead(dim)) if auxiliary else None
-
-    def _begin(self, generator: torch.Generator) -> None:
-        """First values that are no distribution of their own (Deformable DETR, A.3, A.4)."""
-        settings = self.settings
-        if self.level_embedding is not None:
-            nn.init.normal_(self.level_embedding, generator=generator)
-        if self.reference_points is not None:
-            nn.init.xavier_uniform_(self.reference_points.weight, generator=generator)
-            nn.init.zeros_(self.reference_points.bias)
-        for name, part in self.named_modules():
-            if isinstance(part, nn.Linear) and "class_head" in name:
-                if settings.class_scores == "sigmoid":
-                    begin_rare(part)
-            elif isinstance(part, BoxHead):
-                of_decoder = name.startswith("box_head")
-                if of_decoder and settings.decoder_attention == "dense":
-                    continue
-                sized = not settings.two_stage and name in ("box_head", "box_head.0")
-                begin_at_reference(part, _FIRST_SIZE_LOGIT if sized else 0.0)
 
     def _cells(
         self,
@@ -282,8 +271,12 @@ class Detector(nn.Module):
 
     def _positions(self, padding: Bool[Tensor, "batch rows columns"]) -> Tensor:
         if self.learned_positions is None:
-            centred = self.settings.encoder_attention == "deformable"
-            return sine_positions(padding, self.settings.hidden_dim, at_centres=centred)
+            return sine_positions(
+                padding,
+                self.settings.hidden_dim,
+                at_centres=self.settings.encoder_attention == "deformable",
+                temperature=self.settings.position_temperature,
+            )
         learned: Tensor = self.learned_positions(padding)
         return learned
 
@@ -358,7 +351,8 @@ class Detector(nn.Module):
             heads = class_heads(self.class_head, len(layers))
             logits = torch.stack([read_logits(head, hidden[n]) for n, head in enumerate(heads)])
         boxes = [layer.boxes for layer in layers if layer.boxes is not None]
-        if isinstance(self.box_head, BoxHead):
+        if not boxes:
+            assert isinstance(self.box_head, BoxHead)
             boxes = list(read_boxes(self.box_head, hidden, layers[0].reference))
         return tuple(
             LayerOutput(

@@ -1,4 +1,4 @@
-"""The architecture of a detector, as data: DETR by default, Deformable or Sparse DETR by choice."""
+"""The architecture of a detector, as data: DETR by default, its descendants by choice."""
 
 from typing import Literal, Self
 
@@ -6,11 +6,14 @@ from pydantic import Field, model_validator
 
 from models.backbone import BackboneSettings
 from models.matching import ClassScores
-from models.position import PositionCode
+from models.position import TEMPERATURE, PositionCode
 from models.selection import SelectionSettings
 from models.settings import Settings
 
 AttentionKind = Literal["dense", "deformable"]
+DecoderAttention = Literal["dense", "conditional", "deformable"]
+QueryKind = Literal["position", "anchor"]
+Activation = Literal["relu", "prelu"]
 
 BACKBONE_LEVELS = 3
 """The most maps that a detector takes from its backbone; further levels are made of the last."""
@@ -37,6 +40,12 @@ class DetectorSettings(Settings):
     """Normalise before each sublayer (UP-DETR's public weights) instead of after it (DETR)."""
     position: PositionCode = "sine"
     """How a token says where it is: sine waves, or learned vectors for at most 50 x 50 cells."""
+    position_temperature: float = Field(default=TEMPERATURE, gt=1)
+    """Longest period of the sine waves, in turns (DAB-DETR: 20, its plain DC5 weights 10)."""
+    scale_positions: bool = False
+    """Scale each token's code in every encoder layer by what the token has become (DAB-DETR)."""
+    activation: Activation = "relu"
+    """Of the feed-forward networks; prelu learns its slope below 0, one per layer (DAB-DETR)."""
     num_queries: int = Field(default=100, gt=0)
     """Object queries, the most boxes that one picture can get."""
     num_classes: int | None = Field(default=None, gt=0)
@@ -49,8 +58,16 @@ class DetectorSettings(Settings):
     """
     encoder_attention: AttentionKind = "dense"
     """How tokens attend to each other: all to all, or each to a few sampled points."""
-    decoder_attention: AttentionKind = "dense"
-    """How queries attend to tokens."""
+    decoder_attention: DecoderAttention = "dense"
+    """How queries attend to tokens: to all, to all by content beside place (Conditional DETR), or
+    to a few sampled points.
+    """
+    query_kind: QueryKind = "position"
+    """What a learned query is: a vector, or a box that every decoder layer moves (DAB-DETR)."""
+    num_patterns: int = Field(default=0, ge=0)
+    """Learned contents that each anchor is looked from, num_queries anchors with each; 0 begins
+    with empty contents.
+    """
     feature_levels: int = Field(default=1, gt=0, le=8)
     """Feature maps, each of half the size of the one before; more than one only with
     encoder_attention=deformable. The backbone gives its last three at the most.
@@ -83,6 +100,21 @@ class DetectorSettings(Settings):
     def learns_selection(self) -> bool:
         """True where a scoring network learns from the decoder's attention."""
         return self.rho is not None and self.selection.criterion == "dam"
+
+    @property
+    def refines_boxes(self) -> bool:
+        """True where every decoder layer starts from the boxes of the one before."""
+        return self.box_refinement or self.query_kind == "anchor"
+
+    @property
+    def total_queries(self) -> int:
+        """Object queries in the decoder, one box each: each anchor once with every pattern."""
+        return self.num_queries * max(1, self.num_patterns)
+
+    @property
+    def max_pairs(self) -> int:
+        """Pairs of a query and a class that a picture gets, as in the public code of each paper."""
+        return 300 if self.query_kind == "anchor" else 100
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -120,11 +152,50 @@ class DetectorSettings(Settings):
                 "box_refinement=true moves reference points, which decoder_attention=dense has "
                 "not; use decoder_attention=deformable"
             )
+        if self.box_refinement and self.decoder_attention == "conditional":
+            raise ValueError(
+                "box_refinement=true moves reference points, those of decoder_attention="
+                "conditional stay; use box_refinement=false, and query_kind=anchor for boxes that "
+                "every layer moves"
+            )
         if self.two_stage and not self.box_refinement:
             raise ValueError(
                 "two_stage=true begins with boxes, which box_refinement=false cannot take up; use "
                 "box_refinement=true and decoder_attention=deformable"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _queries_fit(self) -> Self:
+        if self.decoder_attention == "conditional" and self.pre_norm:
+            raise ValueError(
+                "pre_norm=true goes with dense attention alone; use pre_norm=false with "
+                "decoder_attention=conditional"
+            )
+        if self.query_kind == "anchor" and self.decoder_attention != "conditional":
+            raise ValueError(
+                f"query_kind=anchor with decoder_attention={self.decoder_attention}: anchors say "
+                "where to look by conditional attention; use decoder_attention=conditional"
+            )
+        if self.num_patterns and self.query_kind != "anchor":
+            raise ValueError(
+                f"num_patterns={self.num_patterns} goes with query_kind=anchor alone; use "
+                "num_patterns=0, or query_kind=anchor"
+            )
+        if self.scale_positions and (self.encoder_attention != "dense" or self.rho is not None):
+            raise ValueError(
+                "scale_positions=true goes with an encoder that attends densely and updates all "
+                "tokens; use encoder_attention=dense and rho=null, or scale_positions=false"
+            )
+        if self.position == "learned" and self.position_temperature != TEMPERATURE:
+            raise ValueError(
+                f"position_temperature={self.position_temperature} is of sine waves, which "
+                "position=learned has not; use position=sine"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _encoder_fits(self) -> Self:
         if self.rho is not None and self.encoder_layers == 0:
             raise ValueError(
                 f"rho={self.rho} chooses tokens for an encoder that encoder_layers=0 leaves out; "

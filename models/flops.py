@@ -114,7 +114,7 @@ def _by_part(spent: dict[str, int], sampling: _Counts, model: Detector) -> Multi
     projections = of("input_projection", "input_projections")
     heads, encoder = of("class_head", "box_head"), of("encoder")
     decoder = of("decoder", "reference_points")
-    if model.settings.box_refinement:
+    if model.settings.refines_boxes:
         decoder -= of("box_head")
     backbone = spent["Detector"] - scoring - proposals - projections - heads - encoder - decoder
     return MultiplyAdds(

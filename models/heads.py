@@ -13,7 +13,8 @@ from torch import Tensor, nn
 PRIOR = 0.01
 """Probability that a sigmoid class head gives at first (focal loss, Lin et al., ICCV 2017, 4.1)."""
 
-_EPSILON = 1e-5
+EPSILON = 1e-5
+"""References closer than this to 0 or 1 are taken as that close."""
 
 
 class Perceptron(nn.Module):
@@ -23,6 +24,13 @@ class Perceptron(nn.Module):
         super().__init__()
         dims = [dim_in] + [dim_inner] * (num_layers - 1) + [dim_out]
         self.layers = nn.ModuleList(nn.Linear(dims[n], dims[n + 1]) for n in range(num_layers))
+
+    @property
+    def first(self) -> nn.Linear:
+        """The layer that reads a token."""
+        layer = self.layers[0]
+        assert isinstance(layer, nn.Linear)
+        return layer
 
     def forward(self, tokens: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim_out"]:
         """The last layer's output, without an activation."""
@@ -38,13 +46,6 @@ class BoxHead(Perceptron):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, 4, num_layers=3)
-
-    @property
-    def first(self) -> nn.Linear:
-        """The layer that reads a token."""
-        layer = self.layers[0]
-        assert isinstance(layer, nn.Linear)
-        return layer
 
 
 def class_heads(heads: nn.Module, depth: int) -> tuple[nn.Linear, ...]:
@@ -72,13 +73,16 @@ def read_boxes(
     head: BoxHead,
     hidden: Float[Tensor, "*#tokens dim"],
     reference: Float[Tensor, "*#tokens coordinates"] | None,
+    epsilon: float = EPSILON,
 ) -> Float[Tensor, "*#tokens 4"]:
     """boxes_cxcywh: sigmoid of what the head says, plus the logit of the reference if there is one.
 
     A reference point (x, y) moves the centre alone, a reference box (cx, cy, w, h) all four; one
     reference may serve the queries of several layers.
     """
-    return read_boxes_by_logit(head, hidden, None if reference is None else logit(reference))
+    return read_boxes_by_logit(
+        head, hidden, None if reference is None else logit(reference, epsilon)
+    )
 
 
 def read_boxes_by_logit(
@@ -94,10 +98,10 @@ def read_boxes_by_logit(
         return said.sigmoid()
 
 
-def logit(share: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """The inverse of the sigmoid; shares closer than 1e-5 to 0 or 1 are taken as that close."""
+def logit(share: Float[Tensor, "*any"], epsilon: float = EPSILON) -> Float[Tensor, "*any"]:
+    """The inverse of the sigmoid; shares closer than epsilon to 0 or 1 are taken as that close."""
     share = share.clamp(0, 1)
-    return (share.clamp(min=_EPSILON) / (1 - share).clamp(min=_EPSILON)).log()
+    return (share.clamp(min=epsilon) / (1 - share).clamp(min=epsilon)).log()
 
 
 def begin_rare(head: nn.Linear) -> None:

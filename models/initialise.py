@@ -12,13 +12,20 @@ import torch
 from torch import nn
 
 from models.attention import Attention
+from models.conditional_attention import ConditionalCrossAttention, ConditionalSelfAttention
 from models.deformable_attention import DeformableAttention
+from models.detector_settings import DetectorSettings
+from models.heads import BoxHead, begin_at_reference, begin_rare
 from models.levels import InputLevel
 from models.position import LearnedPositions
 from models.proposals import ProposalQueries, ProposalTokens
+from models.query_positions import AnchorPositions, ConditionalPositions
 from models.selection import TokenScorer
 from models.swin import Swin, WindowAttention
-from models.transformer import FeedForward
+from models.transformer import Encoder, FeedForward
+
+_FIRST_SIZE_LOGIT = -2.0
+"""Learned reference points begin with boxes of side sigmoid(-2) = 0.12 (the paper says 0.1)."""
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
@@ -29,6 +36,31 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
         _draw(module, generator)
 
 
+def begin(detector: nn.Module, settings: DetectorSettings, generator: torch.Generator) -> None:
+    """First values of a detector's parts that are no distribution of their kind.
+
+    Class heads begin rare and boxes at their references, without a size of their own but for those
+    of learned points (Deformable DETR, A.3, A.4; Conditional DETR's public code).
+    """
+    for name, weight in detector.named_parameters():
+        if name == "level_embedding":
+            nn.init.normal_(weight, generator=generator)
+        elif name.startswith(("reference_points.", "patterns.")) and weight.dim() > 1:
+            nn.init.xavier_uniform_(weight, generator=generator)
+        elif name == "reference_points.bias":
+            nn.init.zeros_(weight)
+    sampled = settings.decoder_attention == "deformable"
+    for name, part in detector.named_modules():
+        if isinstance(part, nn.Linear) and "class_head" in name:
+            if settings.class_scores == "sigmoid":
+                begin_rare(part)
+        elif isinstance(part, BoxHead):
+            if name.startswith("box_head") and settings.decoder_attention == "dense":
+                continue
+            of_points = sampled and not settings.two_stage and name in ("box_head", "box_head.0")
+            begin_at_reference(part, _FIRST_SIZE_LOGIT if of_points else 0.0)
+
+
 def _draw(part: nn.Module, generator: torch.Generator) -> None:
     """Draw the weights that this part owns, after those of the parts inside it."""
     match part:
@@ -37,6 +69,15 @@ def _draw(part: nn.Module, generator: torch.Generator) -> None:
             nn.init.zeros_(part.in_proj_bias)
             nn.init.xavier_uniform_(part.out_proj.weight, generator=generator)
             nn.init.zeros_(part.out_proj.bias)
+        case ConditionalSelfAttention() | ConditionalCrossAttention():
+            for layer in part.children():
+                if isinstance(layer, nn.Linear):
+                    nn.init.xavier_uniform_(layer.weight, generator=generator)
+            nn.init.zeros_(part.out_proj.bias)
+        case ConditionalPositions() | AnchorPositions():
+            _draw_matrices(part, generator)
+        case Encoder() if part.position_scale is not None:
+            _draw_matrices(part.position_scale, generator)
         case FeedForward():
             nn.init.xavier_uniform_(part.widen.weight, generator=generator)
             nn.init.xavier_uniform_(part.narrow.weight, generator=generator)
@@ -70,6 +111,13 @@ def _draw(part: nn.Module, generator: torch.Generator) -> None:
             nn.init.normal_(part.weight, generator=generator)
         case _:
             pass
+
+
+def _draw_matrices(part: nn.Module, generator: torch.Generator) -> None:
+    """Xavier-uniform; biases stay as they are drawn."""
+    for layer in part.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
 
 
 def _draw_sampling(part: DeformableAttention, generator: torch.Generator) -> None:

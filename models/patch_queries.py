@@ -202,17 +202,18 @@ class PatchDetector(nn.Module):
             searched = searched * draws.keep.to(searched.device)[..., None]
             order = draws.order.to(searched.device)
         learned, batch = self.detector.learned_queries(), len(searched)
-        content, position = learned.content[order], learned.position[order]
+        content, position = learned.content[order], _ordered(learned.position, order, batch)
         if learned.reference is None:
+            assert position is not None
             content, position = content.expand(batch, -1, -1), searched + position
         else:
-            content, position = searched + content, position.expand(batch, -1, -1)
+            content = searched + content
         restricted = self.patches.attention_mask and self.patches.num_patches > 1
         return QueryGroup(
             name="patches",
             content=content,
             position=position,
-            reference=_expanded(learned.reference, order, batch),
+            reference=_ordered(learned.reference, order, batch),
             intra_mask=self.hidden[:num_queries, :num_queries] if restricted else None,
         )
 
@@ -236,6 +237,6 @@ class PatchDetector(nn.Module):
             )
 
 
-def _expanded(reference: Tensor | None, order: Tensor, batch: int) -> Tensor | None:
-    """Learned reference points stay where they are, whatever a query searches for."""
-    return None if reference is None else reference[order].expand(batch, -1, -1)
+def _ordered(learned: Tensor | None, order: Tensor, batch: int) -> Tensor | None:
+    """What stays where it is, whatever a query searches for."""
+    return None if learned is None else learned[order].expand(batch, -1, -1)

@@ -12,12 +12,17 @@ PositionCode = Literal["sine", "learned"]
 LEARNED_CELLS = 50
 """Rows and columns with learned codes, as in DETR: at stride 32, pictures up to 1600 pixels."""
 
-_TEMPERATURE = 10000
+TEMPERATURE = 10000.0
+"""The longest period, in turns, of DETR's codes."""
 _EPSILON = 1e-6
 
 
 def sine_positions(
-    padding: Bool[Tensor, "batch rows columns"], dim: int, *, at_centres: bool = False
+    padding: Bool[Tensor, "batch rows columns"],
+    dim: int,
+    *,
+    at_centres: bool = False,
+    temperature: float = TEMPERATURE,
 ) -> Float[Tensor, "batch rows columns {dim}"]:
     """Sines and cosines of the row (first half of dim) and of the column.
 
@@ -30,13 +35,16 @@ def sine_positions(
     columns = valid.cumsum(2, dtype=torch.float32)
     rows = (rows - shift) / (rows[:, -1:, :] + _EPSILON) * (2 * math.pi)
     columns = (columns - shift) / (columns[:, :, -1:] + _EPSILON) * (2 * math.pi)
-    return torch.cat((waves(rows, dim // 2), waves(columns, dim // 2)), dim=-1)
+    halves = (waves(rows, dim // 2, temperature), waves(columns, dim // 2, temperature))
+    return torch.cat(halves, dim=-1)
 
 
-def waves(angle: Float[Tensor, "*any"], dim: int) -> Float[Tensor, "*any {dim}"]:
-    """Sine and cosine in turn, at frequencies falling from 1 to 1/10000 over `dim` channels."""
+def waves(
+    angle: Float[Tensor, "*any"], dim: int, temperature: float = TEMPERATURE
+) -> Float[Tensor, "*any {dim}"]:
+    """Sine and cosine in turn, at frequencies falling from 1 to 1/temperature over the channels."""
     channel = torch.arange(dim, dtype=torch.float32, device=angle.device)
-    period = _TEMPERATURE ** (2 * torch.div(channel, 2, rounding_mode="floor") / dim)
+    period = temperature ** (2 * torch.div(channel, 2, rounding_mode="floor") / dim)
     phase = angle[..., None] / period
     return torch.stack((phase[..., 0::2].sin(), phase[..., 1::2].cos()), dim=-1).flatten(-2)
 

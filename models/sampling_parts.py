@@ -17,8 +17,9 @@ def sampling_parts(model: nn.Module) -> tuple[nn.Module, ...]:
         match part:
             case DeformableAttention():
                 found.append(part.sampling_offsets)
-            case Detector() if part.reference_points is not None:
-                found.append(part.reference_points)
+            case Detector() if part.settings.decoder_attention == "deformable":
+                if part.reference_points is not None:
+                    found.append(part.reference_points)
             case _:
                 pass
     return tuple(found)

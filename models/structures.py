@@ -225,8 +225,10 @@ class QueryGroup:
 
     name: str
     content: Float[Tensor, "batch queries dim"]
-    position: Float[Tensor, "batch queries dim"]
+    position: Float[Tensor, "batch queries dim"] | None
+    """None of anchors: there the decoder makes it of the reference."""
     reference: Float[Tensor, "batch queries coordinates"] | None = None
+    """Points (x, y) or boxes_cxcywh to look around, in shares of the picture; None in DETR."""
     intra_mask: Bool[Tensor, "queries queries"] | None = None
     """True where a query (row) must not attend to a query (column) of the same group."""
 
@@ -235,10 +237,22 @@ class QueryGroup:
 class LearnedQueries:
     """The object queries that do not come from the picture."""
 
-    position: Float[Tensor, "queries dim"]
+    position: Float[Tensor, "queries dim"] | None
+    """None of anchors, which are their reference."""
     content: Float[Tensor, "queries dim"]
-    reference: Float[Tensor, "queries 2"] | None
-    """Where each looks around, (x, y) in shares of the picture; None in a dense decoder."""
+    reference: Float[Tensor, "queries coordinates"] | None
+    """Where each looks around, in shares of the picture: (x, y), of anchors boxes_cxcywh; None in a
+    dense decoder.
+    """
+
+    def of_pictures(self, name: str, batch: int) -> QueryGroup:
+        """A group of them, the same in every picture of a batch."""
+        return QueryGroup(
+            name,
+            content=self.content.expand(batch, -1, -1),
+            position=None if self.position is None else self.position.expand(batch, -1, -1),
+            reference=None if self.reference is None else self.reference.expand(batch, -1, -1),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,22 @@
-"""Encoder and decoder layers of the DETR family, batch first (Carion et al., ECCV 2020, 3.2, A.3).
+"""The encoder of the DETR family, and what its layers share with those of the decoder, batch first.
 
-Positions are added to queries and keys at every attention, never to values. Post-norm (DETR)
-normalises after each residual sum, pre-norm (UP-DETR's public weights) before each sublayer;
-pre-norm has one more norm after the encoder. Attention to cells is dense, or deformable (Zhu et
-al., ICLR 2021): then queries sample around reference points, and the decoder has no last norm.
+Positions are added to queries and keys at every attention, never to values (Carion et al., ECCV
+2020, 3.2, A.3). Post-norm (DETR) normalises after each residual sum, pre-norm (UP-DETR's public
+weights) before each sublayer; pre-norm has one more norm after the encoder. Attention to cells is
+dense, or deformable (Zhu et al., ICLR 2021): then queries sample around reference points.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from models.attention import Attention, attention_weights
-from models.deformable_attention import DeformableAttention, in_every_level
-from models.detector_settings import AttentionKind, DetectorSettings
-from models.heads import BoxHead, read_boxes
-from models.structures import Memory, QueryGroup, Record, SampledAttention, TokenSelection
+from models.attention import Attention
+from models.deformable_attention import DeformableAttention
+from models.detector_settings import Activation, DecoderAttention, DetectorSettings
+from models.heads import Perceptron
+from models.structures import TokenSelection
 
 
 @dataclass(frozen=True)
@@ -41,16 +39,31 @@ class TransformerShape:
     pre_norm: bool
     sampling: SamplingShape | None = None
     """Of the attention to cells; None where it is dense."""
+    conditional: bool = False
+    """True where content and position are looked for apart (Conditional DETR's decoder)."""
+    activation: Activation = "relu"
 
 
 def encoder_shape(settings: DetectorSettings) -> TransformerShape:
     """The layers of a detector's encoder."""
-    return _shape(settings, settings.encoder_attention, settings.encoder_points)
+    return shape_of(settings, settings.encoder_attention, settings.encoder_points)
 
 
-def decoder_shape(settings: DetectorSettings) -> TransformerShape:
-    """The layers of a detector's decoder."""
-    return _shape(settings, settings.decoder_attention, settings.decoder_points)
+def shape_of(
+    settings: DetectorSettings, kind: DecoderAttention, num_points: int
+) -> TransformerShape:
+    """The layers of a transformer with that kind of attention to cells."""
+    sampled = kind == "deformable"
+    return TransformerShape(
+        dim=settings.hidden_dim,
+        num_heads=settings.num_heads,
+        feedforward_dim=settings.feedforward_dim,
+        dropout=settings.dropout,
+        pre_norm=settings.pre_norm,
+        sampling=SamplingShape(settings.feature_levels, num_points) if sampled else None,
+        conditional=kind == "conditional",
+        activation=settings.activation,
+    )
 
 
 @dataclass(frozen=True)
@@ -74,26 +87,18 @@ class EncodedCells:
     updated: tuple[Float[Tensor, "batch updated dim"], ...]
 
 
-@dataclass(frozen=True)
-class DecodedLayer:
-    """One group's queries after one decoder layer and, if recorded, what they looked at."""
-
-    hidden: Float[Tensor, "batch queries dim"]
-    self_attention: Float[Tensor, "batch heads queries queries"] | None = None
-    cross_attention: Float[Tensor, "batch heads queries tokens"] | SampledAttention | None = None
-    reference: Float[Tensor, "batch queries coordinates"] | None = None
-    """Where the layer looked around, in shares of the unpadded picture."""
-    boxes: Float[Tensor, "batch queries 4"] | None = None
-    """boxes_cxcywh, where they are refined from layer to layer."""
-
-
 class Encoder(nn.Module):
     """Self-attention over the cells of the feature maps; all of them, or a selection."""
 
-    def __init__(self, shape: TransformerShape, num_layers: int) -> None:
+    def __init__(
+        self, shape: TransformerShape, num_layers: int, *, scales_positions: bool = False
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(shape) for _ in range(num_layers))
         self.norm = nn.LayerNorm(shape.dim) if shape.pre_norm else nn.Identity()
+        self.position_scale: Perceptron | None = None
+        if scales_positions:
+            self.position_scale = Perceptron(shape.dim, shape.dim, shape.dim, num_layers=2)
 
     def forward(
         self, cells: Cells, selection: TokenSelection | None = None, keep_layers: bool = False
@@ -101,7 +106,8 @@ class Encoder(nn.Module):
         """The tokens after all layers; nothing is read from padding.
 
         Of a selection only its tokens are updated, all others pass through unchanged and are still
-        attended to (Sparse DETR, equation 4); all layers have the same selection.
+        attended to (Sparse DETR, equation 4); all layers have the same selection. Of all tokens
+        positions may be scaled, channel by channel, by what the tokens have become (DAB-DETR).
         """
         tokens = cells.tokens
         updated = take(tokens, selection)
@@ -109,7 +115,10 @@ class Encoder(nn.Module):
         references = None if cells.references is None else take(cells.references, selection)
         after: list[Tensor] = []
         for layer in self.layers:
-            updated = layer(updated, position, references, cells, tokens)
+            here = position
+            if self.position_scale is not None:
+                here = position * self.position_scale(updated)
+            updated = layer(updated, here, references, cells, tokens)
             tokens = put(tokens, updated, selection)
             if keep_layers:
                 after.append(updated)
@@ -137,79 +146,15 @@ def put(
     return tokens.index_put((_rows(selection), selection.indices), now)
 
 
-class Decoder(nn.Module):
-    """Object queries look at those of their own group and at the memory, layer after layer.
-
-    All groups go through the same weights; what a group puts out does not depend on which other
-    groups are there.
-    """
-
-    def __init__(self, shape: TransformerShape, num_layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(shape.dim) if shape.sampling is None else nn.Identity()
-
-    def forward(
-        self,
-        memory: Memory,
-        groups: tuple[QueryGroup, ...],
-        record: Record = "nothing",
-        box_heads: Sequence[BoxHead] | None = None,
-    ) -> tuple[tuple[DecodedLayer, ...], ...]:
-        """The layers of each group, first layer first, each through the decoder's final norm.
-
-        With `box_heads`, one per layer, each layer's boxes are the references of the next, without
-        a gradient from there (iterative bounding box refinement, Deformable DETR, A.4).
-        """
-        contents = [group.content for group in groups]
-        references = [group.reference for group in groups]
-        decoded: list[list[DecodedLayer]] = [[] for _ in groups]
-        for depth, layer in enumerate(self.layers):
-            assert isinstance(layer, DecoderLayer)
-            view = layer.view_of(memory)
-            for number, group in enumerate(groups):
-                reference = references[number]
-                step = layer(contents[number], group, reference, view, record)
-                contents[number] = step.hidden
-                hidden, boxes = self.norm(step.hidden), None
-                if box_heads is not None:
-                    boxes = read_boxes(box_heads[depth], hidden, reference)
-                    references[number] = boxes.detach()
-                decoded[number].append(
-                    DecodedLayer(
-                        hidden, step.self_attention, step.cross_attention, reference, boxes
-                    )
-                )
-        return tuple(tuple(layers) for layers in decoded)
-
-
-@dataclass(frozen=True)
-class DenseView:
-    """The memory as one dense decoder layer sees it, computed once for all groups."""
-
-    keys: Float[Tensor, "batch heads tokens head_dim"]
-    values: Float[Tensor, "batch heads tokens head_dim"]
-    hidden: Bool[Tensor, "batch 1 1 tokens"]
-
-
-@dataclass(frozen=True)
-class SampledView:
-    """The memory as one deformable decoder layer sees it, computed once for all groups."""
-
-    values: Float[Tensor, "batch tokens heads head_dim"]
-    spatial_shapes: tuple[tuple[int, int], ...]
-    valid_ratios: Float[Tensor, "batch levels 2"]
-
-
 class EncoderLayer(nn.Module):
     """Self-attention and a feed-forward network, each with a residual sum."""
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
-        self.self_attention = _attention_to_cells(shape)
+        self.self_attention = attention_to_cells(shape)
         self.feedforward = FeedForward(shape)
-        self.norm1 = _Norm(shape)
-        self.norm2 = _Norm(shape)
+        self.norm1 = Norm(shape)
+        self.norm2 = Norm(shape)
         self.dropout = nn.Dropout(shape.dropout)
 
     def forward(
@@ -257,100 +202,25 @@ class EncoderLayer(nn.Module):
         return mixed
 
 
-class DecoderLayer(nn.Module):
-    """Self-attention within a group, cross-attention to the memory, a feed-forward network."""
-
-    def __init__(self, shape: TransformerShape) -> None:
-        super().__init__()
-        self.self_attention = Attention(shape.dim, shape.num_heads, shape.dropout)
-        self.cross_attention = _attention_to_cells(shape)
-        self.feedforward = FeedForward(shape)
-        self.norm1 = _Norm(shape)
-        self.norm2 = _Norm(shape)
-        self.norm3 = _Norm(shape)
-        self.dropout = nn.Dropout(shape.dropout)
-
-    def view_of(self, memory: Memory) -> DenseView | SampledView:
-        """What this layer reads of the memory."""
-        attention = self.cross_attention
-        if isinstance(attention, DeformableAttention):
-            return SampledView(
-                values=attention.project_values(memory.tokens, memory.padding),
-                spatial_shapes=memory.spatial_shapes,
-                valid_ratios=memory.valid_ratios,
-            )
-        return DenseView(
-            keys=attention.project_keys(memory.tokens + memory.position),
-            values=attention.project_values(memory.tokens),
-            hidden=memory.padding[:, None, None, :],
-        )
-
-    def forward(
-        self,
-        content: Float[Tensor, "batch queries dim"],
-        group: QueryGroup,
-        reference: Float[Tensor, "batch queries coordinates"] | None,
-        memory: DenseView | SampledView,
-        record: Record,
-    ) -> DecodedLayer:
-        """The states of the group's queries after this layer, not yet normalised."""
-        before = self.norm1.before(content)
-        queries, keys = self.self_attention.project_queries_and_keys(before + group.position)
-        values = self.self_attention.project_values(before)
-        intra = None if group.intra_mask is None else group.intra_mask[None, None]
-        looked = self.self_attention(queries, keys, values, intra)
-        content = self.norm1.after(content + self.dropout(looked))
-
-        searching = self.norm2.before(content) + group.position
-        looked, seen = self._look(searching, reference, memory, record != "nothing")
-        content = self.norm2.after(content + self.dropout(looked))
-
-        thought = self.feedforward(self.norm3.before(content))
-        content = self.norm3.after(content + self.dropout(thought))
-        between = attention_weights(queries, keys, intra) if record == "all" else None
-        return DecodedLayer(content, self_attention=between, cross_attention=seen)
-
-    def _look(
-        self,
-        queries: Tensor,
-        reference: Tensor | None,
-        memory: DenseView | SampledView,
-        record: bool,
-    ) -> tuple[Tensor, Tensor | SampledAttention | None]:
-        """What the queries take from the memory and, if recorded, where from."""
-        attention = self.cross_attention
-        if isinstance(attention, DeformableAttention):
-            assert isinstance(memory, SampledView)
-            assert reference is not None
-            references = in_every_level(reference, memory.valid_ratios)
-            shapes = memory.spatial_shapes
-            looked = attention(queries, references, memory.values, shapes)
-            return looked, attention.looked_at(queries, references, shapes) if record else None
-        assert isinstance(memory, DenseView)
-        projected = attention.project_queries(queries)
-        looked = attention(projected, memory.keys, memory.values, memory.hidden)
-        seen = attention_weights(projected, memory.keys, memory.hidden) if record else None
-        return looked, seen
-
-
 class FeedForward(nn.Module):
-    """Two linear layers with ReLU and dropout between them."""
+    """Two linear layers with an activation and dropout between them."""
 
     def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
         self.widen = nn.Linear(shape.dim, shape.feedforward_dim)
         self.narrow = nn.Linear(shape.feedforward_dim, shape.dim)
+        self.activation = nn.PReLU() if shape.activation == "prelu" else nn.ReLU()
         self.dropout = nn.Dropout(shape.dropout)
 
     def forward(
         self, tokens: Float[Tensor, "batch tokens dim"]
     ) -> Float[Tensor, "batch tokens dim"]:
         """What is added to the tokens."""
-        narrowed: Tensor = self.narrow(self.dropout(F.relu(self.widen(tokens))))
+        narrowed: Tensor = self.narrow(self.dropout(self.activation(self.widen(tokens))))
         return narrowed
 
 
-class _Norm(nn.LayerNorm):
+class Norm(nn.LayerNorm):
     """Layer normalisation in its place: before a sublayer (pre-norm) or after the residual sum."""
 
     def __init__(self, shape: TransformerShape) -> None:
@@ -358,25 +228,16 @@ class _Norm(nn.LayerNorm):
         self.pre_norm = shape.pre_norm
 
     def before(self, tokens: Tensor) -> Tensor:
+        """What a sublayer gets."""
         return self(tokens) if self.pre_norm else tokens
 
     def after(self, tokens: Tensor) -> Tensor:
+        """What follows the residual sum."""
         return tokens if self.pre_norm else self(tokens)
 
 
-def _shape(settings: DetectorSettings, kind: AttentionKind, num_points: int) -> TransformerShape:
-    sampled = kind == "deformable"
-    return TransformerShape(
-        dim=settings.hidden_dim,
-        num_heads=settings.num_heads,
-        feedforward_dim=settings.feedforward_dim,
-        dropout=settings.dropout,
-        pre_norm=settings.pre_norm,
-        sampling=SamplingShape(settings.feature_levels, num_points) if sampled else None,
-    )
-
-
-def _attention_to_cells(shape: TransformerShape) -> Attention | DeformableAttention:
+def attention_to_cells(shape: TransformerShape) -> Attention | DeformableAttention:
+    """Dense or deformable attention to the cells of feature maps."""
     sampling = shape.sampling
     if sampling is None:
         return Attention(shape.dim, shape.num_heads, shape.dropout)

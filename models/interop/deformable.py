@@ -1,11 +1,9 @@
 """Checkpoints with the names of fundamentalvision/Deformable-DETR and kakaobrain/sparse-detr.
 
 Both name a head by every way in which their modules reach it: a shared one once per decoder layer,
-those of refinement and of two stages once more inside `transformer`. Copies must agree when a file
-comes in, and are written again when it goes out, so that the public code's strict loading fits.
+those of refinement and of two stages once more inside `transformer` (`models.interop.copies`).
 """
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +13,7 @@ from torch import Tensor
 from models.detector import Detector
 from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
+from models.interop.copies import repeated_note, without_copies
 from models.interop.detr import count_layers
 from models.interop.placing import LoadReport, place_tensors
 from models.interop.swin import BODY, our_swin_name, swin_constants, swin_name
@@ -160,23 +159,9 @@ def from_deformable(
         WeightsError: tensors that should be copies of each other are not.
     """
     layout = public_layout(tensors, source=source)
-    named: dict[str, Tensor] = {}
-    first: dict[str, str] = {}
-    repeated: list[str] = []
-    for theirs, tensor in tensors.items():
-        if any(fnmatch.fnmatchcase(theirs, pattern) for pattern in LEFT_OUT):
-            continue
-        ours = our_name(theirs, layout)
-        if ours not in named:
-            named[ours], first[ours] = tensor, theirs
-            continue
-        if not torch.equal(named[ours], tensor):
-            raise WeightsError(
-                f"{source}: {theirs} must be a copy of {first[ours]} and is not; "
-                "the file is damaged or was put together wrongly, fetch it again"
-            )
-        repeated.append(theirs)
-    return named, tuple(repeated)
+    return without_copies(
+        tensors, lambda theirs: our_name(theirs, layout), left_out=LEFT_OUT, source=source
+    )
 
 
 def to_deformable_names(
@@ -220,17 +205,6 @@ def load_deformable(
         source=source,
     )
     return replace(report, notes=(*report.notes, *repeated_note(repeated)))
-
-
-def repeated_note(repeated: Sequence[str]) -> tuple[str, ...]:
-    """What a report says of names that only repeat others; nothing where there are none."""
-    if not repeated:
-        return ()
-    parts = sorted({name.partition("_embed")[0] + "_embed" for name in repeated})
-    return (
-        f"{len(repeated)} tensors of the file are copies under further names, and agree: "
-        f"{', '.join(parts)}",
-    )
 
 
 def is_public_swin(tensors: Mapping[str, Tensor]) -> bool:

@@ -21,7 +21,8 @@ from models.artefact import (
 from models.backbone import has_bottlenecks
 from models.detector_settings import DetectorSettings
 from models.interop.class_names import coco_91
-from models.interop.deformable import from_deformable, is_deformable, repeated_note
+from models.interop.copies import repeated_note
+from models.interop.deformable import from_deformable, is_deformable
 from models.interop.deformable_settings import deformable_settings
 from models.interop.detr import detr_name, detr_settings, our_name
 from models.interop.hugging_face import (

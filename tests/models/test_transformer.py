@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import Attention, attention_weights
+from models.decoder import Decoder
 from models.initialise import initialise
 from models.structures import Memory, QueryGroup
-from models.transformer import Cells, Decoder, Encoder, TransformerShape
+from models.transformer import Cells, Encoder, TransformerShape
 
 
 def shape(pre_norm: bool = False, dropout: float = 0.0) -> TransformerShape:

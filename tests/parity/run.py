@@ -12,12 +12,14 @@ from tests.parity.case import (
     read_case,
     worst_by_group,
 )
+from tests.parity.conditional import run_conditional
 from tests.parity.criterion import run_criterion, run_postprocess
 from tests.parity.deformable import run_deformable
 from tests.parity.detector import run_detector, run_patch_detector
 from tests.parity.msda import run_operator
 from tests.parity.panoptic import run_panoptic
 
+_CONDITIONAL = ("conditional_detr", "dab_detr")
 _DEFORMABLE = ("deformable_detr", "efficient_detr", "sparse_detr")
 
 
@@ -38,6 +40,8 @@ def _runner(case: Case) -> Iterator[Finding]:
     kind = case.model
     if kind.startswith(("detr_", "updetr_finetune_")):
         return run_detector(case)
+    if kind.startswith(_CONDITIONAL):
+        return run_conditional(case)
     if any(name in kind for name in _DEFORMABLE):
         return run_deformable(case)
     if kind.startswith("updetr_pretrain_"):
