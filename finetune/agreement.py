@@ -17,7 +17,7 @@ from models.settings import Settings
 
 ARCHITECTURE = (
     *("hidden_dim", "num_heads", "encoder_layers", "decoder_layers", "feedforward_dim"),
-    *("pre_norm", "position", "num_queries", "query_kind", "num_patterns"),
+    *("pre_norm", "position", "num_queries", "query_kind"),
     *("position_temperature", "scale_positions", "activation"),
     *("encoder_attention", "decoder_attention", "feature_levels"),
     *("encoder_points", "decoder_points"),
@@ -27,6 +27,7 @@ ARCHITECTURE = (
 
 CHOICES = (
     *("class_scores", "box_refinement", "two_stage", "proposal_content", "proposal_classes"),
+    "num_patterns",
     *("rho", "selection.criterion", "selection.encoder_auxiliary"),
     *("selection.legacy_dam", "selection.legacy_padding"),
 )
@@ -82,6 +83,10 @@ def _agreed(
         # Queries that are made of proposals have no tensors of their own.
         fixed.remove("num_queries")
         free.append("num_queries")
+    elif told["decoder_attention"] == "conditional":
+        # Points and anchors stand for themselves: some may go, and others be drawn.
+        fixed.remove("num_queries")
+        free.append("num_queries")
     taken = {key: given.get(key, told[key]) for key in free}
     for key in fixed:
         taken[key] = given[key] if key in artefact.guessed and key in given else told[key]
@@ -107,6 +112,12 @@ def _refusal(
         f"model.{key}={value} in the recipe, {taken[key]} in the file"
         for key, value in conflicts.items()
     )
+    if conflicts.get("decoder_attention") == "conditional" or "query_kind" in conflicts:
+        return (
+            f"init={artefact.source} has other queries or attention, and no part of a decoder "
+            f"becomes a conditional one or one with anchors ({differing}); pretrain one of that "
+            "kind, or start with from_scratch=true"
+        )
     if any(conflicts.get(key) == "deformable" for key in _ATTENTION):
         return (
             f"init={artefact.source} attends densely, as DETR, and no part of such a transformer "

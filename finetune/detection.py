@@ -45,7 +45,7 @@ def detection_task(
         objective=DetectionObjective(
             recipe.costs,
             recipe.losses,
-            detector.settings.num_queries,
+            detector.settings.total_queries,
             supervision_of(detector.settings),
         ),
         evaluate=_evaluation(recipe, classes, sets.validation, world),

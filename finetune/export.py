@@ -22,6 +22,7 @@ from finetune.onnx_export import write_onnx
 from models.artefact import METADATA_KEY, Artefact, artefact_metadata
 from models.detector import Detector
 from models.interop.checkpoint_files import WeightsError
+from models.interop.conditional import to_conditional_names
 from models.interop.deformable import to_deformable_names
 from models.interop.detr import detr_name, refuse_nameless
 from models.interop.hugging_face import (
@@ -189,6 +190,8 @@ def _public_tensors(artefact: Artefact, detector: Detector) -> dict[str, Tensor]
     settings = artefact.detector
     if "deformable" in (settings.encoder_attention, settings.decoder_attention):
         return to_deformable_names(_our_tensors(artefact, detector), settings)
+    if settings.decoder_attention == "conditional":
+        return to_conditional_names(_our_tensors(artefact, detector), settings)
     refuse_nameless(settings)
     name_of: Callable[[str], str] = panoptic_name if artefact.kind == "panoptic" else detr_name
     public = {

@@ -25,7 +25,8 @@ CLASS_HEADS = (
 _TOKEN_CLASS_HEADS = CLASS_HEADS[1:]
 
 _OPTIONAL = (
-    *("queries.", "reference_points.", "proposal_tokens.", "proposal_queries."),
+    *("queries.", "reference_points.", "patterns."),
+    *("proposal_tokens.", "proposal_queries."),
     *("proposal_class_head.", "proposal_box_head.", "scorer."),
     *("encoder_class_head.", "encoder_box_head."),
     *("objectness_class_head.", "objectness_box_head."),
@@ -37,6 +38,7 @@ _LAST = "layers.2."
 
 _SAID = {
     "queries.": "the learned queries",
+    "patterns.": "the patterns",
     "proposal_class_head.": "the heads of the proposals",
     "proposal_queries.": "the projection from proposals to queries",
     "scorer.": "the scoring network",
@@ -85,6 +87,9 @@ def fitted(
             left_out += [f"{part}*"]
             notes += [f"left out: {_SAID[part]}"] if part in _SAID else []
     given |= _by_rows(own, given, ours, rows, new)
+    if ours.num_queries != file.num_queries and "queries.*" not in new:
+        counted, note = _by_count(own, given)
+        given, notes = given | counted, [*notes, *note]
     spare = (name for name in given if name not in own)
     left_out += [name for name in spare if name.startswith(("box_head.", "class_head."))]
     return Fitted(given, tuple(new), tuple(left_out), tuple(notes))
@@ -147,6 +152,8 @@ def _fits(
     """Whether the file has the part, and it means the same there."""
     if not _starting(given, part):
         return False
+    if part == "patterns.":
+        return ours.num_patterns == file.num_patterns
     if part == "proposal_queries.":
         return ours.proposal_content == file.proposal_content
     if part in _TOKEN_CLASS_HEADS:
@@ -179,6 +186,20 @@ def _by_rows(
             chosen = {0: 0} if tells_objects else rows
             taken[name] = _rows(own[name], given[name], chosen, ours.class_scores == "softmax")
     return taken
+
+
+def _by_count(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The learned queries where the file has more, or fewer and the rest stay random."""
+    name = "queries.weight"
+    if name not in own or name not in given:
+        return {}, []
+    taken, known = own[name].clone(), min(len(own[name]), len(given[name]))
+    taken[:known] = given[name][:known].to(taken.dtype)
+    note = f"queries: the first {known} of the file's {len(given[name])}"
+    more = len(taken) - known
+    return {name: taken}, [f"{note}, {more} new ones" if more else note]
 
 
 def _rows(own: Tensor, given: Tensor, rows: Mapping[int, int], no_object: bool) -> Tensor:

@@ -56,12 +56,14 @@ def architecture(settings: DetectorSettings) -> str:
         f"{_family(settings)} on {backbone.name}{dilated} ({backbone.output}): "
         f"{settings.encoder_layers} + {settings.decoder_layers} layers of {settings.hidden_dim} "
         f"channels, {settings.num_heads} heads, {'pre' if settings.pre_norm else 'post'}-norm, "
-        f"{settings.num_queries} queries, {settings.num_classes} classes"
+        f"{settings.total_queries} queries, {settings.num_classes} classes"
     )
 
 
 def _family(settings: DetectorSettings) -> str:
     """The paper's name of the detector and what sets it apart from the plain one."""
+    if settings.decoder_attention == "conditional" and settings.rho is None:
+        return _conditional_family(settings)
     sampled = "deformable" in (settings.encoder_attention, settings.decoder_attention)
     if not sampled and settings.rho is None:
         return "DETR"
@@ -74,6 +76,13 @@ def _family(settings: DetectorSettings) -> str:
         said.append("box refinement")
     name = "Deformable DETR" if settings.rho is None else "Sparse DETR"
     return f"{name} ({', '.join(said)})"
+
+
+def _conditional_family(settings: DetectorSettings) -> str:
+    if settings.query_kind == "position":
+        return "Conditional DETR"
+    patterns = f" ({settings.num_patterns} patterns)" if settings.num_patterns else ""
+    return f"DAB-DETR{patterns}"
 
 
 def _title(artefact: Artefact) -> str:

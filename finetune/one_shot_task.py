@@ -59,7 +59,7 @@ def one_shot_task(
         objective=OneShotObjective(
             recipe.costs,
             recipe.losses,
-            model.detector.settings.num_queries,
+            model.detector.settings.total_queries,
             supervision_of(model.detector.settings),
         ),
         evaluate=_evaluation(recipe, sets.validation, world),

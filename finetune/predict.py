@@ -23,7 +23,7 @@ from finetune.picture_sources import ImageInput, decoded, described
 from models.artefact import Artefact, PictureInput
 from models.backbone import frozen_dtype
 from models.matching import ClassScores
-from models.postprocess import detections
+from models.postprocess import MAX_PAIRS, detections
 from models.structures import Classes, Images, LayerOutput
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -98,6 +98,7 @@ class LoadedDetector:
     input: PictureInput
     device: torch.device
     class_scores: ClassScores = "softmax"
+    max_pairs: int = MAX_PAIRS
 
     def predict(
         self,
@@ -147,8 +148,15 @@ def load_detector(source: str, device: Device = "auto") -> LoadedDetector:
             layer: LayerOutput = model(images).groups[0].layers[-1]
         return layer
 
-    scores = artefact.detector.class_scores
-    return LoadedDetector(find, classes_of(artefact), artefact.input, target, scores)
+    settings = artefact.detector
+    return LoadedDetector(
+        find,
+        classes_of(artefact),
+        artefact.input,
+        target,
+        settings.class_scores,
+        settings.max_pairs,
+    )
 
 
 def prepare(picture: UInt8[np.ndarray, "_ _ 3"], size: PictureInput) -> PreparedPicture:
@@ -165,7 +173,7 @@ def predict_batch(
     """What is found in pictures that have one size when prepared, in one run of the detector."""
     layer = detector.find(prepared_images(pictures, detector.device))
     sizes = torch.tensor([[one.height, one.width] for one in pictures], device=detector.device)
-    found = detections(layer, sizes, detector.class_scores)
+    found = detections(layer, sizes, detector.class_scores, detector.max_pairs)
     scores, labels, boxes = found.scores.cpu(), found.labels.cpu(), found.boxes_xyxy.cpu()
     return [
         _predictions(

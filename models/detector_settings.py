@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from models.backbone import BackboneSettings
 from models.matching import ClassScores
 from models.position import TEMPERATURE, PositionCode
+from models.postprocess import MAX_PAIRS, MAX_PAIRS_OF_ANCHORS
 from models.selection import SelectionSettings
 from models.settings import Settings
 
@@ -113,8 +114,8 @@ class DetectorSettings(Settings):
 
     @property
     def max_pairs(self) -> int:
-        """Pairs of a query and a class that a picture gets, as in the public code of each paper."""
-        return 300 if self.query_kind == "anchor" else 100
+        """Boxes of a picture where scores are sigmoid, as the public code of each paper takes."""
+        return MAX_PAIRS_OF_ANCHORS if self.query_kind == "anchor" else MAX_PAIRS
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:

@@ -140,8 +140,14 @@ class PatchDetector(nn.Module):
     ) -> None:
         super().__init__()
         self.patches = patches
-        self.num_queries = settings.num_queries
-        self.queries_per_patch = queries_per_patch(settings.num_queries, patches.num_patches)
+        if settings.num_patterns and patches.num_patches > 1:
+            raise ValueError(
+                f"num_patterns={settings.num_patterns}, num_patches={patches.num_patches} would "
+                "tie patches to patterns; use num_patterns=0 here, and patterns when the "
+                "transformer is finetuned"
+            )
+        self.num_queries = settings.total_queries
+        self.queries_per_patch = queries_per_patch(self.num_queries, patches.num_patches)
         self.detector = Detector(settings, generator)
         self.detector.learned_queries()
         channels = self.detector.backbone.channels
@@ -154,7 +160,7 @@ class PatchDetector(nn.Module):
         )
         if self.reconstruction is not None:
             initialise(self.reconstruction, generator)
-        hidden = hidden_queries(settings.num_queries, patches.num_patches)
+        hidden = hidden_queries(self.num_queries, patches.num_patches)
         self.register_buffer("hidden", hidden, persistent=False)
 
     def forward(

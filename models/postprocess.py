@@ -17,6 +17,8 @@ from models.structures import LayerOutput
 
 MAX_PAIRS = 100
 """Pairs of a query and a class that are taken from a picture, as in the public code."""
+MAX_PAIRS_OF_ANCHORS = 300
+"""The same of DAB-DETR; COCO's AP counts the best 100 of them."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class PatchObjective:
 
     def counts(self, batch: PatchBatch) -> Float[Tensor, "3"]:
         """What the losses of a batch are divided by; those of its parts add up."""
-        return counts_of(batch.targets, self.recipe.model.num_queries, blank=batch.blank)
+        return counts_of(batch.targets, self.recipe.model.total_queries, blank=batch.blank)
 
     def __call__(
         self, model: nn.Module, batch: PatchBatch, share: Share, generator: torch.Generator
@@ -42,7 +42,7 @@ class PatchObjective:
         """
         recipe, places = self.recipe, batch.places
         whole = recipe.global_batch if places is not None else len(batch.images.sizes)
-        num_queries = recipe.model.num_queries
+        num_queries = recipe.model.total_queries
         draws = draw_patch_queries(recipe.queries, num_queries, whole, generator)
         return draws if places is None else draws.of_pictures(places)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.interop.backbones import load_backbone
 from models.interop.checkpoint_files import WeightsError, read_tensors
+from models.interop.conditional import from_conditional, is_conditional, load_conditional
 from models.interop.deformable import from_deformable, is_deformable, load_deformable
 from models.interop.detr import detr_name, load_detr, our_name
 from models.patch_queries import PatchDetector
@@ -52,6 +53,9 @@ def take_weights(model: PatchDetector, source: str) -> None:
                 "be given to them; start from a one-stage file, or finetune with this one"
             )
         report = load_deformable(model, tensors, source=source, new=_absent_parts(model, named))
+    elif is_conditional(tensors):
+        named, _ = from_conditional(tensors, source=source)
+        report = load_conditional(model, tensors, source=source, new=_absent_parts(model, named))
     elif detr_name("detector.queries.weight") in tensors:
         named = {our_name(theirs): tensor for theirs, tensor in tensors.items()}
         report = load_detr(model, tensors, source=source, new=_absent_parts(model, named))

@@ -119,7 +119,7 @@ def _warnings(recipe: FinetuneRecipe, report: SetReport) -> list[str]:
     counts, warnings = report.counts, list[str]()
     if report.warnings:
         warnings.append(f"{len(report.warnings)} warnings, e.g. {report.warnings[0]}")
-    queries = recipe.model.num_queries
+    queries = recipe.model.total_queries
     if recipe.task == "detect" and counts.most_objects > queries:
         warnings.append(
             f"{counts.most_objects_in} holds {counts.most_objects} objects and the detector has "

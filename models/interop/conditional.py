@@ -15,7 +15,7 @@ from models.detector import Detector
 from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.interop.copies import repeated_note, without_copies
-from models.interop.detr import count_layers, resnet_name
+from models.interop.detr import beyond_others, count_layers, resnet_name
 from models.interop.placing import LoadReport, place_tensors
 from models.patch_queries import PatchDetector
 from models.position import TEMPERATURE
@@ -264,7 +264,7 @@ def _temperature(told: Mapping[str, object], source: str) -> float:
 
 def _refuse_nameless(settings: DetectorSettings) -> None:
     """WeightsError for a conditional detector that the public code cannot hold."""
-    anchors = settings.query_kind == "anchor"
+    anchors, beyond = settings.query_kind == "anchor", beyond_others(settings)
     lacking = (
         (settings.encoder_attention == "deformable", "encoder_attention=deformable"),
         (settings.rho is not None, f"rho={settings.rho}"),
@@ -275,8 +275,8 @@ def _refuse_nameless(settings: DetectorSettings) -> None:
             f"backbone.name={settings.backbone.name}",
         ),
         (anchors and not settings.scale_positions, "query_kind=anchor, scale_positions=false"),
-        (not anchors and settings.scale_positions, "query_kind=position, scale_positions=true"),
-        (not anchors and settings.activation == "prelu", "query_kind=position, activation=prelu"),
+        (anchors and settings.activation == "relu", "query_kind=anchor, activation=relu"),
+        *((not anchors and is_so, f"query_kind=position, {what}") for is_so, what in beyond),
     )
     for is_so, what in lacking:
         if is_so:

@@ -14,7 +14,7 @@ from models.detector import Detector
 from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.interop.copies import repeated_note, without_copies
-from models.interop.detr import count_layers
+from models.interop.detr import beyond_others, count_layers
 from models.interop.placing import LoadReport, place_tensors
 from models.interop.swin import BODY, our_swin_name, swin_constants, swin_name
 from models.patch_queries import PatchDetector
@@ -102,6 +102,12 @@ def layout_of(settings: DetectorSettings) -> PublicLayout:
             f"encoder_attention={attention[0]} with decoder_attention={attention[1]} is no public "
             "architecture; export with format querypatch"
         )
+    for is_so, what in beyond_others(settings):
+        if is_so:
+            raise WeightsError(
+                f"{what} with deformable attention is no public architecture; export with format "
+                "querypatch"
+            )
     sparse, chosen = settings.rho is not None, settings.selection
     if sparse and chosen.criterion == "objectness":
         raise WeightsError(

@@ -15,6 +15,7 @@ from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.interop.placing import LoadReport, place_tensors
 from models.patch_queries import PatchDetector
+from models.position import TEMPERATURE
 from models.resnet import ResNetName
 
 NAMES = (
@@ -46,12 +47,23 @@ PRETRAINING_ONLY = ("patch2query.*", "feature_align.*")
 _LINEAR_IN_NAME = "input_proj.weight"
 
 
+def beyond_others(settings: DetectorSettings) -> tuple[tuple[bool, str], ...]:
+    """What only DAB-DETR's public code can hold: whether a detector has it, and its key."""
+    temperature = settings.position_temperature
+    return (
+        (settings.activation == "prelu", "activation=prelu"),
+        (settings.scale_positions, "scale_positions=true"),
+        (temperature != TEMPERATURE, f"position_temperature={temperature:g}"),
+    )
+
+
 def refuse_nameless(settings: DetectorSettings) -> None:
     """WeightsError for a dense detector that DETR's code cannot hold."""
     lacking = (
         (settings.rho is not None, f"rho={settings.rho} with dense attention"),
         (settings.class_scores == "sigmoid", "class_scores=sigmoid with dense attention"),
         (settings.backbone.name == "swin_t", "backbone.name=swin_t with dense attention"),
+        *((is_so, f"{what} with dense attention") for is_so, what in beyond_others(settings)),
     )
     for is_so, what in lacking:
         if is_so:

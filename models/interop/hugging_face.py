@@ -14,7 +14,7 @@ from torch import Tensor
 from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.interop.class_names import distinct_names
-from models.interop.detr import detr_name, detr_settings
+from models.interop.detr import beyond_others, detr_name, detr_settings
 from models.resnet import resnet_layout, stage_channels
 from models.structures import Classes
 
@@ -65,6 +65,12 @@ def is_hugging_face(tensors: Mapping[str, Tensor]) -> bool:
 def from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the names of a Detector, q, k and v joined; unknown names stay."""
     named = {_our_name(theirs): tensor for theirs, tensor in tensors.items()}
+    return joined_projections(named)
+
+
+def joined_projections(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With q, k and v of each attention as one matrix, and the rest as it is."""
+    named = dict(tensors)
     split = [name for name in named if ".q_proj." in name]
     for name in split:
         parts = [name.replace(".q_proj.", f".{part}_proj.") for part in _PROJECTIONS]
@@ -209,6 +215,8 @@ def _refuse_inexpressible(settings: DetectorSettings) -> None:
             "deformable" in (settings.encoder_attention, settings.decoder_attention),
             "deformable attention",
         ),
+        (settings.decoder_attention == "conditional", "decoder_attention=conditional"),
+        *beyond_others(settings),
         (settings.rho is not None, "rho, a sparse encoder"),
         (settings.class_scores == "sigmoid", "class_scores=sigmoid"),
         (settings.pre_norm, "pre_norm=true, as UP-DETR's weights have it"),
@@ -231,7 +239,7 @@ def _our_name(theirs: str) -> str:
     begin, public = found
     rest = theirs.removeprefix(public)
     if begin == "backbone.body.":
-        return begin + _our_backbone_name(rest)
+        return begin + our_backbone_name(rest)
     return begin + _replaced(rest, [(b, a) for a, b in _layer_names(begin)])
 
 
@@ -260,7 +268,7 @@ def _replaced(rest: str, pairs: Iterable[tuple[str, str]]) -> str:
     return rest
 
 
-def _our_backbone_name(rest: str) -> str:
+def our_backbone_name(rest: str) -> str:
     """Out of transformers' own ResNet; timm's names are ours already and stay."""
     part, _, tensor = rest.rpartition(".")
     if part.startswith(_THEIR_STEM):

@@ -24,7 +24,7 @@ PARTS = {
     ),
     "encoder": ("encoder.",),
     "decoder": ("decoder.",),
-    "queries": ("queries.", "reference_points."),
+    "queries": ("queries.", "reference_points.", "patterns."),
     "class head": ("class_head.", "class_embed."),
     "box head": ("box_head.",),
     "proposals": ("proposal_",),

@@ -2,7 +2,7 @@
 
 The tensors of public files do not say their number of heads, dilation or classes. Heads are 8 in
 all that were published; a class head of 91 classes is taken to be COCO's, one of 250 COCO
-panoptic's, as those of DETR, UP-DETR, Deformable and Sparse DETR are.
+panoptic's, as those of DETR and its descendants are.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,11 @@ from models.artefact import (
 from models.backbone import has_bottlenecks
 from models.detector_settings import DetectorSettings
 from models.interop.class_names import coco_91
+from models.interop.conditional import (
+    conditional_settings,
+    from_conditional,
+    is_conditional,
+)
 from models.interop.copies import repeated_note
 from models.interop.deformable import from_deformable, is_deformable
 from models.interop.deformable_settings import deformable_settings
@@ -30,6 +35,11 @@ from models.interop.hugging_face import (
     hugging_face_classes,
     hugging_face_settings,
     is_hugging_face,
+)
+from models.interop.hugging_face_conditional import (
+    from_hugging_face_conditional,
+    hugging_face_conditional_settings,
+    is_hugging_face_conditional,
 )
 from models.interop.panoptic import NAMES as PANOPTIC_NAMES
 from models.interop.panoptic import is_panoptic, panoptic_settings
@@ -60,8 +70,8 @@ def recognise(
     Raises:
         WeightsError: they are of no DETR, or contradict each other.
     """
-    if is_deformable(tensors):
-        return _deformable(tensors, metadata, source, arguments)
+    if is_deformable(tensors) or is_conditional(tensors):
+        return _by_authors(tensors, metadata, source, arguments)
     form = _form(tensors)
     ours = _our_tensors(tensors, form)
     told = parse_artefact_metadata(metadata, ours, source)
@@ -75,7 +85,7 @@ def recognise(
 
 
 def _form(tensors: Mapping[str, Tensor]) -> Form:
-    if is_hugging_face(tensors):
+    if is_hugging_face(tensors) or is_hugging_face_conditional(tensors):
         return "hf"
     if "query_embed.weight" in tensors or is_panoptic(tensors):
         return "detr"
@@ -86,6 +96,8 @@ def _our_tensors(tensors: Mapping[str, Tensor], form: Form) -> dict[str, Tensor]
     """Under our names; those of a detector inside another model begin with `detector.`."""
     if form == "querypatch":
         return dict(tensors)
+    if form == "hf" and is_hugging_face_conditional(tensors):
+        return from_hugging_face_conditional(tensors)
     if form == "hf":
         return from_hugging_face(tensors)
     if is_panoptic(tensors):
@@ -116,7 +128,9 @@ def _our_panoptic_name(theirs: str) -> str:
 def _hugging_face(
     ours: Mapping[str, Tensor], config: Mapping[str, object] | None, source: str
 ) -> Artefact:
-    settings = hugging_face_settings(ours, config or {}, source=source)
+    conditional = "decoder.positions.scale.layers.0.weight" in ours
+    read = hugging_face_conditional_settings if conditional else hugging_face_settings
+    settings = read(ours, config or {}, source=source)
     assert settings.num_classes is not None
     return _foreign(
         "detector",
@@ -137,20 +151,24 @@ def _panoptic(tensors: Mapping[str, Tensor], ours: Mapping[str, Tensor], source:
     return replace(found, masks=masks)
 
 
-def _deformable(
+def _by_authors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     source: str,
     arguments: Mapping[str, object] | None,
 ) -> Artefact:
-    """Files of Deformable and Sparse DETR, by their authors' code or exported by us."""
-    named, repeated = from_deformable(tensors, source=source)
+    """Files of Conditional, DAB-, Deformable and Sparse DETR, of their authors or exported here."""
+    if is_conditional(tensors):
+        read, settings_of = from_conditional, conditional_settings
+    else:
+        read, settings_of = from_deformable, deformable_settings
+    named, repeated = read(tensors, source=source)
     ours = _inside_patch_detector(named)
     notes = repeated_note(repeated)
     told = parse_artefact_metadata(metadata, ours, source)
     if told is not None:
         return replace(told, form="detr", notes=notes)
-    settings, guessed = deformable_settings(tensors, source=source, arguments=arguments)
+    settings, guessed = settings_of(tensors, source=source, arguments=arguments)
     kind: ArtefactKind = "patch_detector" if "patch_projection.weight" in ours else "detector"
     classes = _published_classes(settings.num_classes) if kind == "detector" else None
     if classes:
@@ -215,4 +233,5 @@ def _foreign(
 
 
 def _guessed(settings: DetectorSettings) -> tuple[str, ...]:
-    return _UNSEEN if has_bottlenecks(settings.backbone.name) else _UNSEEN[:1]
+    unseen = _UNSEEN if has_bottlenecks(settings.backbone.name) else _UNSEEN[:1]
+    return (*unseen, "position_temperature") if settings.query_kind == "anchor" else unseen
