@@ -30,6 +30,10 @@ from models.swin import FoldedSwin, Swin, SwinName, run_swin
 BackboneName = Literal[ResNetName, SwinName]
 FoldedBackbone = FoldedResNet | FoldedSwin
 Precision = Literal["auto", "float32", "bfloat16"]
+Use = Literal["detector", "classifier"]
+"""What a backbone is part of. A classifier's is trained from its first layer on, and a Swin in it
+leaves windows unshifted where one covers the map, as those who published Swins did.
+"""
 
 
 class BackboneSettings(Settings):
@@ -83,12 +87,14 @@ class Backbone(nn.Module):
     maps, which would never see a gradient, stay frozen.
     """
 
-    def __init__(self, settings: BackboneSettings, num_levels: int = 3) -> None:
+    def __init__(
+        self, settings: BackboneSettings, num_levels: int = 3, use: Use = "detector"
+    ) -> None:
         super().__init__()
         self.settings = settings
-        self.body = _body(settings)
+        self.body = _body(settings, use)
         self.channels = self.body.channels
-        frozen = _frozen_parts(self.body, num_levels)
+        frozen = (*_unused_norms(self.body, num_levels), *_frozen_parts(self.body, use))
         for name, parameter in self.body.named_parameters():
             parameter.requires_grad_(settings.train and not name.startswith(frozen))
         self.body.train()
@@ -219,11 +225,15 @@ def feature_padding(
     return resized[0].bool()
 
 
-def _body(settings: BackboneSettings) -> ResNet | Swin:
+def _body(settings: BackboneSettings, use: Use) -> ResNet | Swin:
     num_stages = 4 if settings.output == "layer4" else 3
     name = settings.name
     if name == "swin_t":
-        return Swin(num_stages=num_stages, drop_path=settings.drop_path)
+        return Swin(
+            num_stages=num_stages,
+            drop_path=settings.drop_path,
+            shifts_covering_windows=use == "detector",
+        )
     return ResNet(
         name,
         num_stages=num_stages,
@@ -232,16 +242,22 @@ def _body(settings: BackboneSettings) -> ResNet | Swin:
     )
 
 
-def _frozen_parts(body: ResNet | Swin, num_levels: int) -> tuple[str, ...]:
+def _frozen_parts(body: ResNet | Swin, use: Use) -> tuple[str, ...]:
     """How the names of those parameters begin that training leaves as they are."""
+    if use == "classifier":
+        return ()
     match body:
         case ResNet():
             return ("conv1.", "layer1.")
         case Swin():
-            unused = range(body.num_stages - num_levels)
-            return ("patch_embedding.", "stages.0.", *(f"norms.{stage}." for stage in unused))
+            return ("patch_embedding.", "stages.0.")
         case _:
             assert_never(body)
+
+
+def _unused_norms(body: ResNet | Swin, num_levels: int) -> tuple[str, ...]:
+    """How the norms begin of maps that nobody asks for."""
+    return tuple(f"norms.{stage}." for stage in range(body.num_stages - num_levels))
 
 
 def _all_channels(name: BackboneName) -> tuple[int, ...]:

@@ -2,8 +2,9 @@
 
 Patch merging and stochastic depth are torchvision's. Its attention is not: it leaves the windows
 unshifted where one covers the map, as classifiers do; the Swin that detectors use always shifts
-them. Maps are channels last inside, (batch, rows, columns, channels), and any size goes: pictures
-are padded with zeros to whole patches, maps to whole windows and to even sides before they merge.
+them, and ours does either. Maps are channels last inside, (batch, rows, columns, channels), and any
+size goes: pictures are padded with zeros to whole patches, maps to whole windows and to even sides
+before they merge.
 """
 
 import copy
@@ -55,10 +56,11 @@ class Swin(nn.Module):
 
     Each map but that of stride 4 leaves through a LayerNorm of its own, as in detectors; what goes
     on to the next stage does not. `drop_path` is how often the last block is skipped for a picture
-    in training; earlier blocks are skipped less, the first never.
+    in training; earlier blocks are skipped less, the first never. `shifts_covering_windows` says
+    whether windows are shifted where one covers the map's rows or columns.
     """
 
-    def __init__(self, *, num_stages: int, drop_path: float) -> None:
+    def __init__(self, *, num_stages: int, drop_path: float, shifts_covering_windows: bool) -> None:
         super().__init__()
         self.num_stages = num_stages
         self.channels = CHANNELS[num_stages - 1]
@@ -70,6 +72,9 @@ class Swin(nn.Module):
         self.norms = nn.ModuleList(
             nn.LayerNorm(CHANNELS[stage]) if stage else nn.Identity() for stage in range(num_stages)
         )
+        for part in self.modules():
+            if isinstance(part, WindowAttention):
+                part.shifts_covering = shifts_covering_windows
 
     def train(self, mode: bool = True) -> Self:
         """Parts without a trained parameter stay in eval mode, hence without stochastic depth."""
@@ -163,7 +168,8 @@ class WindowAttention(nn.Module):
     """Multi-head attention among the tokens of each 7x7 window, with a bias by displacement.
 
     With a `shift`, the windows lie that many rows and columns further down and to the right; those
-    cut off at one edge wrap around to the other, where tokens of different edges do not meet.
+    cut off at one edge wrap around to the other, where tokens of different edges do not meet. An
+    axis that one window covers is shifted too, unless `shifts_covering` is turned off.
     """
 
     displacement_index: Tensor
@@ -172,6 +178,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.shift = shift
+        self.shifts_covering = True
         self.qkv = nn.Linear(channels, 3 * channels)
         self.projection = nn.Linear(channels, channels)
         self.relative_position_bias_table = nn.Parameter(
@@ -186,9 +193,10 @@ class WindowAttention(nn.Module):
         batch, rows, columns, _ = features.shape
         padded = F.pad(features, (0, 0, 0, -columns % WINDOW, 0, -rows % WINDOW))
         height, width = padded.shape[1:3]
-        shifted = padded.roll((-self.shift, -self.shift), (1, 2))
+        down, right = self._shift_of(height), self._shift_of(width)
+        shifted = padded.roll((-down, -right), (1, 2))
         looked = self._look(_windows(shifted), self._bias(height, width, batch))
-        whole = _without_windows(looked, height, width).roll((self.shift, self.shift), (1, 2))
+        whole = _without_windows(looked, height, width).roll((down, right), (1, 2))
         return whole[:, :rows, :columns]
 
     def _look(
@@ -204,11 +212,16 @@ class WindowAttention(nn.Module):
         """What is added to the logits; of all windows, or of one where they are alike."""
         table = self.relative_position_bias_table
         bias = table[self.displacement_index].permute(2, 0, 1)[None]
-        if self.shift:
-            regions = _windows(_regions(height, width, self.shift, table.device)).flatten(1)
+        down, right = self._shift_of(height), self._shift_of(width)
+        if down or right:
+            regions = _windows(_regions(height, width, (down, right), table.device)).flatten(1)
             apart = regions[:, None, :, None] != regions[:, None, None, :]
             bias = bias.masked_fill(apart, -math.inf).repeat(batch, 1, 1, 1)
         return bias
+
+    def _shift_of(self, length: int) -> int:
+        """Along an axis of so many cells."""
+        return self.shift if self.shifts_covering or length > WINDOW else 0
 
 
 def relative_position_index() -> Int64[Tensor, "tokens tokens"]:
@@ -219,11 +232,11 @@ def relative_position_index() -> Int64[Tensor, "tokens tokens"]:
 
 
 def _regions(
-    height: int, width: int, shift: int, device: torch.device
+    height: int, width: int, shift: tuple[int, int], device: torch.device
 ) -> Int64[Tensor, "1 height width 1"]:
     """A number for each part of the shifted map whose tokens were neighbours before the shift."""
-    row = _bands(height, shift, device)
-    column = _bands(width, shift, device)
+    row = _bands(height, shift[0], device)
+    column = _bands(width, shift[1], device)
     return (3 * row[:, None] + column[None, :])[None, :, :, None]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.backbone import Backbone, BackboneSettings
 from models.interop.checkpoint_files import WeightsError, read_tensors
-from models.interop.placing import LoadReport, place_tensors
+from models.interop.placing import FileNames, LoadReport, place_tensors
 from models.interop.swin import BODY, swin_file
 
 RANDOM_WEIGHTS = "random"
@@ -53,45 +53,42 @@ def load_backbone(backbone: Backbone) -> LoadReport:
 
 
 def _load(backbone: Backbone, tensors: Mapping[str, Tensor], source: str) -> LoadReport:
-    if backbone.settings.name == "swin_t":
-        return _load_swin(backbone, tensors, source)
-    if swin_file(_body(tensors), num_stages=4):
-        raise WeightsError(
-            f"{source} holds a Swin, and backbone.name={backbone.settings.name}; "
-            "say name=swin_t, or give the file of a ResNet"
-        )
-    return place_tensors(
-        backbone.body,
-        tensors,
-        file_name=lambda ours: ours,
-        left_out=(*LEFT_OUT, *_stages_beyond(backbone.settings)),
-        source=source,
-    )
-
-
-def _load_swin(backbone: Backbone, tensors: Mapping[str, Tensor], source: str) -> LoadReport:
-    """The output norms keep their values where the file is a classifier's, which has none."""
-    body = _body(tensors)
-    file = swin_file(body, backbone.body.num_stages)
-    if file is None:
-        found = "a ResNet" if "layer1.0.conv1.weight" in body else "no Swin"
-        raise WeightsError(
-            f"{source} holds {found}, and backbone.name=swin_t; give the file of a Swin-T "
-            "with the names of its authors, of timm or of torchvision, or say another name"
-        )
+    """Output norms keep their values where the file is a classifier's, which has none."""
+    body = backbone_tensors(tensors)
+    names = file_names(backbone, body, source)
     report = place_tensors(
         backbone.body,
         body,
-        file_name=file.name,
-        left_out=file.left_out,
-        new=file.new,
+        file_name=names.name,
+        left_out=names.left_out,
+        new=names.new,
         source=source,
     )
     others = tuple(name for name in tensors if name.removeprefix(BODY) not in body)
     return replace(report, left_out=(*report.left_out, *others))
 
 
-def _body(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def file_names(backbone: Backbone, tensors: Mapping[str, Tensor], source: str) -> FileNames:
+    """How a file of such tensors names those of a backbone; WeightsError where it is of another."""
+    settings, swin = backbone.settings, swin_file(tensors, backbone.body.num_stages)
+    if settings.name != "swin_t":
+        if swin:
+            raise WeightsError(
+                f"{source} holds a Swin, and backbone.name={settings.name}; "
+                "say name=swin_t, or give the file of a ResNet"
+            )
+        left_out = (*LEFT_OUT, *_stages_beyond(settings))
+        return FileNames(lambda ours: ours, left_out, new=(), head="fc.", norm=None)
+    if swin is None:
+        found = "a ResNet" if "layer1.0.conv1.weight" in tensors else "no Swin"
+        raise WeightsError(
+            f"{source} holds {found}, and backbone.name=swin_t; give the file of a Swin-T "
+            "with the names of its authors, of timm or of torchvision, or say another name"
+        )
+    return swin
+
+
+def backbone_tensors(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The backbone's tensors by their own names, out of the file of a detector or of its own."""
     inner = {
         name.removeprefix(BODY): tensor for name, tensor in tensors.items() if name.startswith(BODY)

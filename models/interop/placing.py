@@ -90,6 +90,22 @@ class LoadReport:
         )
 
 
+@dataclass(frozen=True)
+class FileNames:
+    """How a file names the tensors of a backbone."""
+
+    name: Callable[[str], str]
+    """From our name to the file's."""
+    left_out: tuple[str, ...]
+    """Shell patterns of the file's names that may go unused."""
+    new: tuple[str, ...]
+    """Shell patterns of our names that the file has nothing for."""
+    head: str
+    """How the names of the classifier's linear layer begin in the file."""
+    norm: str | None
+    """How those of the norm before it do; None: there is none."""
+
+
 def place_tensors(
     module: nn.Module,
     tensors: Mapping[str, Tensor],

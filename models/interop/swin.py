@@ -8,12 +8,12 @@ bias table a pair of tokens has, which tokens a shift keeps apart), which ours m
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Literal, assert_never
 
 from torch import Tensor
 
 from models.backbone import BackboneSettings
+from models.interop.placing import FileNames
 from models.swin import DEPTHS, relative_position_index
 
 SwinForm = Literal["official", "timm", "torchvision"]
@@ -87,26 +87,20 @@ def torchvision_name(ours: str) -> str:
     return _OFFICIAL_MERGING.sub(lambda found: f"features.{2 * int(found[1]) + 2}.", name)
 
 
-@dataclass(frozen=True)
-class SwinFile:
-    """How a file names what a Swin needs."""
-
-    name: Callable[[str], str]
-    """From our name to the file's, without BODY."""
-    left_out: tuple[str, ...]
-    """Shell patterns of names that may go unused."""
-    new: tuple[str, ...]
-    """Shell patterns of our names that the file has nothing for."""
-
-
-def swin_file(names: Collection[str], num_stages: int) -> SwinFile | None:
+def swin_file(names: Collection[str], num_stages: int) -> FileNames | None:
     """How a file with these names, without BODY, is read for so many stages; None: no Swin."""
     form = _form(names)
     if form is None:
         return None
     new = () if "norm1.weight" in names else ("norms.*",)
     beyond = () if num_stages == len(DEPTHS) else _beyond(form)
-    return SwinFile(_naming(form), (*LEFT_OUT, *beyond), new)
+    return FileNames(
+        name=_naming(form),
+        left_out=(*LEFT_OUT, *beyond),
+        new=new,
+        head="head.fc." if form == "timm" else "head.",
+        norm="norm.",
+    )
 
 
 def swin_constants(settings: BackboneSettings) -> dict[str, Tensor]:
