@@ -22,6 +22,8 @@ from models.position import TEMPERATURE
 
 _NAMES = (
     ("backbone.body.", ("backbone.0.body.",)),
+    ("learned_positions.rows.", ("backbone.1.row_embed.",)),
+    ("learned_positions.columns.", ("backbone.1.col_embed.",)),
     ("input_projection.", ("input_proj.",)),
     ("class_head.", ("class_embed.",)),
     ("encoder.position_scale.", ("transformer.encoder.query_scale.",)),
@@ -194,7 +196,9 @@ def conditional_settings(
     if not isinstance(dilation, bool):
         dilation = False
         guessed.append("backbone.dilation")
-    if anchors and not _temperatures(told):
+    learned = "backbone.1.row_embed.weight" in tensors
+    waves = anchors and not learned
+    if waves and not _temperatures(told):
         guessed.append("position_temperature")
     backbone = BackboneSettings(
         name=resnet_name(tensors, source), dilation=dilation, weights=source, train=train_backbone
@@ -212,7 +216,8 @@ def conditional_settings(
         decoder_attention="conditional",
         query_kind="anchor" if anchors else "position",
         num_patterns=0 if patterns is None else len(patterns),
-        position_temperature=_temperature(told, source) if anchors else TEMPERATURE,
+        position="learned" if learned else "sine",
+        position_temperature=_temperature(told, source) if waves else TEMPERATURE,
         scale_positions="transformer.encoder.query_scale.layers.0.weight" in tensors,
         activation="prelu"
         if "transformer.decoder.layers.0.activation.weight" in tensors
@@ -269,7 +274,6 @@ def _refuse_nameless(settings: DetectorSettings) -> None:
         (settings.encoder_attention == "deformable", "encoder_attention=deformable"),
         (settings.rho is not None, f"rho={settings.rho}"),
         (settings.class_scores == "softmax", "class_scores=softmax"),
-        (settings.position == "learned", "position=learned"),
         (
             not settings.backbone.name.startswith("resnet"),
             f"backbone.name={settings.backbone.name}",

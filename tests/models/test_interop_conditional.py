@@ -30,7 +30,10 @@ from tests.models.test_detector import images
 from tests.models.test_hugging_face import RESNET18, SMALL, said_by_theirs
 
 MANIFESTS = Path(__file__).parents[1] / "parity" / "manifests"
-KINDS = pytest.mark.parametrize("kind", [CONDITIONAL, PATTERNS], ids=["conditional", "anchors"])
+LEARNED = CONDITIONAL | {"position": "learned"}
+KINDS = pytest.mark.parametrize(
+    "kind", [CONDITIONAL, LEARNED, PATTERNS], ids=["conditional", "learned positions", "anchors"]
+)
 ALIAS = "transformer.decoder.bbox_embed.layers.0.weight"
 
 
