@@ -163,8 +163,13 @@ class FinetuneRecipe(RunRecipe):
 
 
 def users_keys(values: Mapping[str, object]) -> tuple[str, ...]:
-    """Keys that a recipe of these plain values leaves to its user; from scratch without `init`."""
-    return USERS_KEYS if values.get("from_scratch") else (*USERS_KEYS, "init")
+    """Keys that a recipe of these plain values leaves to its user.
+
+    From scratch without `init`; with a section `distill` a teacher.
+    """
+    init = () if values.get("from_scratch") else ("init",)
+    teacher = () if values.get("distill") is None else ("distill.teacher",)
+    return (*USERS_KEYS, *init, *teacher)
 
 
 def with_absolute_paths(recipe: FinetuneRecipe) -> FinetuneRecipe:
