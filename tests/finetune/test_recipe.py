@@ -25,15 +25,17 @@ DEFORMABLE = (
 CONDITIONAL = (
     "coco_conditional_r50", "coco_conditional_r50_12ep", "voc_conditional_r50",
     "conditional_tiny_cpu", "coco_dab_r50", "coco_dab_r50_12ep", "voc_dab_r50", "dab_tiny_cpu",
+    "d3etr_tiny_cpu",
 )  # fmt: skip
 """Of Conditional DETR and DAB-DETR, the same."""
 WITHOUT_TWIN = (
     "coco_panoptic_masks",
     "coco_deformable_r50_dc5_scratch",
     "coco_deformable_r50_single_scale_scratch",
+    *("coco_d3etr_r50_scratch", "coco_d3etr_r50_12ep_scratch", "coco_d3etr_r18_12ep_scratch"),
 )
 """A mask head is never trained on anything but a finished detector; how many maps a pretrained
-transformer reads is its own affair.
+transformer reads is its own affair; any recipe takes a teacher.
 """
 ASKED = {
     *("encoder_attention", "decoder_attention", "class_scores", "box_refinement", "two_stage"),
@@ -53,6 +55,8 @@ def from_scratch(name: str, *overrides: str) -> FinetuneRecipe:
 
 
 def loaded(name: str, *overrides: str) -> FinetuneRecipe:
+    if "d3etr" in name:
+        overrides = ("distill.teacher=t", *overrides)
     recipe = recipe_of("finetune", name, overrides)
     assert isinstance(recipe, FinetuneRecipe)
     return recipe
@@ -237,3 +241,28 @@ def test_every_free_key_is_a_key_of_the_recipe() -> None:
 def test_a_refused_value_is_named_with_its_key() -> None:
     with pytest.raises(RecipeError, match=r"^data\.difficult=\"ignore\": should be 'keep' or"):
         pretrained("voc_r50", "data.difficult=ignore")
+
+
+def test_a_teacher_is_the_users_to_name_and_of_detectors_alone() -> None:
+    with pytest.raises(RecipeError, match=r"distill\.teacher: missing"):
+        recipe_of("finetune", "d3etr_tiny_cpu", (*SAID, "init=w"))
+    taught = pretrained("voc_r50", "distill.teacher=runs/t")
+    assert taught.distill is not None
+    assert with_absolute_paths(taught).distill.teacher.endswith("/runs/t")  # type: ignore[union-attr]
+    with pytest.raises(RecipeError, match=r"task=panoptic: only detectors of all classes learn"):
+        pretrained("coco_panoptic_masks", "distill.teacher=runs/t")
+    with pytest.raises(RecipeError, match="learn nothing from the teacher"):
+        pretrained("d3etr_tiny_cpu", "distill.adaptive=false", "distill.fixed=false")
+
+
+def test_recipes_of_d3etr_are_conditional_detrs_with_the_authors_schedules() -> None:
+    for name, epochs, drop in (
+        ("coco_d3etr_r50_12ep", 12, 11),
+        ("coco_d3etr_r18_12ep", 12, 11),
+        ("coco_d3etr_r50", 50, 40),
+    ):  # fmt: skip
+        recipe = from_scratch(name)
+        assert (recipe.loop.epochs, recipe.schedule.drop_at) == (epochs, (drop,))
+        assert recipe.model.decoder_attention == "conditional"
+        assert recipe.distill is not None
+        assert (recipe.distill.of_self, recipe.distill.of_cross) == (33, 1)
