@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(shape, first=n == 0) for n in range(num_layers))
         self.norm = nn.LayerNorm(shape.dim) if shape.sampling is None else nn.Identity()
-        self.positions = query_positions(positions, shape.dim)
+        self.positions = query_positions(positions, shape.dim, num_layers)
 
     def forward(
         self,

@@ -73,6 +73,7 @@ _LEFT_OUT = ("*.num_batches_tracked",)
 _PRETRAINING_ONLY = ("patch_projection.*", "reconstruction.*")
 _LINEAR_IN_NAME = "input_proj.weight"
 
+_SCALE = "transformer.decoder.query_scale."
 _MARK = "transformer.decoder.layers.0.sa_qcontent_proj.weight"
 _DECODER = "transformer.decoder.layers.{}.linear1.weight"
 _ENCODER = "transformer.encoder.layers.{}.linear1.weight"
@@ -125,7 +126,7 @@ def from_conditional(
     return without_copies(
         tensors,
         lambda theirs: our_name(theirs, anchors=anchors),
-        left_out=_LEFT_OUT,
+        left_out=(*_LEFT_OUT, *_without_use(tensors)),
         source=source,
     )
 
@@ -237,9 +238,15 @@ def _has_anchors(tensors: Mapping[str, Tensor]) -> bool:
     return "refpoint_embed.weight" in tensors
 
 
+def _without_use(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """A decoder of one layer never scales sines; the public code has the weights all the same."""
+    return (f"{_SCALE}*",) if count_layers(tensors, _DECODER) == 1 else ()
+
+
 def _check_whole(tensors: Mapping[str, Tensor], anchors: bool, source: str) -> None:
-    scale = "transformer.decoder.query_scale.layers.0.weight"
-    needed = [scale, _DECODER.format(0), "transformer.decoder.norm.weight", "class_embed.weight"]
+    needed = [_DECODER.format(0), "transformer.decoder.norm.weight", "class_embed.weight"]
+    if count_layers(tensors, _DECODER) > 1:
+        needed.append(f"{_SCALE}layers.0.weight")
     if anchors:
         needed.append("transformer.decoder.ref_anchor_head.layers.0.weight")
     else:

@@ -93,6 +93,17 @@ def test_what_we_write_for_the_public_code_comes_back_as_it_was(kind: dict[str, 
     assert bool(report.notes) == ("query_kind" in kind)
 
 
+def test_a_decoder_of_one_layer_leaves_out_what_scales_the_sines_of_others() -> None:
+    model = drawn(CONDITIONAL, noise=0.1, num_heads=8, decoder_layers=1)
+    public = to_conditional_names(model.state_dict(), model.settings)
+    public |= {
+        f"transformer.decoder.query_scale.layers.{layer}.{kind}": torch.zeros(16)
+        for layer in (0, 1)
+        for kind in ("weight", "bias")
+    }
+    assert equal(rebuilt(recognise(public, {}, "file.pth")), said(model))
+
+
 def test_copies_of_the_box_head_must_agree() -> None:
     model = drawn(ANCHORS)
     public = to_conditional_names(model.state_dict(), model.settings)
@@ -147,8 +158,8 @@ def test_unknown_names_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("conditional", {}), ("anchors", {}), ("anchors", {"num_patterns": 2})],
-    ids=["conditional", "anchors", "patterns"],
+    [("conditional", {}), ("conditional", {"decoder_layers": 1}), ("anchors", {"num_patterns": 2})],
+    ids=["conditional", "one layer", "anchors"],
 )
 def test_what_transformers_saves_says_the_same_here(
     tmp_path: Path, kind: str, changes: dict[str, object]
