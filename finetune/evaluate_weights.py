@@ -110,7 +110,7 @@ def _judged(
             return evaluate_panoptic(
                 build_panoptic(artefact).to(device),
                 data,
-                _classes(artefact, data),
+                classes_of(artefact, data),
                 settings,
                 settings.segments,
                 world,
@@ -136,7 +136,7 @@ def judged_boxes(
 ) -> Evaluation:
     """The numbers of the boxes that opened weights find; errors as for `judge_weights`."""
     detector = build_detector(artefact).to(device)
-    classes = _classes(artefact, data)
+    classes = classes_of(artefact, data)
     world = World.alone(device)
     return evaluate_detector(
         detector,
@@ -168,7 +168,7 @@ def picture_sizes(artefact: Artefact, settings: EvaluationSettings) -> Evaluatio
     return EvaluationSizes(short_side=artefact.input.short_side, max_size=artefact.input.max_size)
 
 
-def _classes(artefact: Artefact, data: DetectionSet) -> Classes:
+def classes_of(artefact: Artefact, data: DetectionSet) -> Classes:
     """Those that the file names; where it names none, the data's if they are equally many."""
     if artefact.classes is not None:
         return artefact.classes

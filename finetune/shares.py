@@ -101,11 +101,27 @@ def predict_share(
     Raises:
         ValueError: an object of a class that is none of `classes`, or no class in common.
     """
+    shares = predict_layers(
+        model, batches, model_classes, classes, max_detections, precision, class_scores, (-1,)
+    )
+    return shares[0]
+
+
+@torch.no_grad()
+def predict_layers(
+    model: nn.Module,
+    batches: Iterable[EvaluationBatch],
+    model_classes: Classes,
+    classes: Classes,
+    max_detections: int,
+    precision: Literal["float32", "bf16"],
+    class_scores: ClassScores,
+    layers: Sequence[int],
+) -> tuple[Share, ...]:
+    """As `predict_share`, what each of these decoder layers says, in one pass over the batches."""
     class_map = map_classes(model_classes, classes)
-    pictures: list[JudgedPicture] = []
+    finds = tuple(_Finds() for _ in layers)
     skipped: list[str] = []
-    left_out: Counter[str] = Counter()
-    not_finite = 0
     corr = defaultdict[str, float](float)
     for batch in batches:
         skipped += map(str, batch.skipped)
@@ -114,18 +130,49 @@ def predict_share(
         output = _answer(model, batch.images, precision)
         for name, mean in selection_correlation(output).items():
             corr[name] += float(mean) * len(batch.keys)
-        layer = output.groups[0].layers[-1]
-        found = picture_detections(layer, batch.stored_sizes, class_scores, max_detections)
         truths = [truth_of(annotation, classes) for annotation in batch.annotations]
-        for sample_id, truth, each in zip(batch.sample_ids.tolist(), truths, found, strict=True):
+        for found, layer in zip(finds, layers, strict=True):
+            said = output.groups[0].layers[layer]
+            each = picture_detections(said, batch.stored_sizes, class_scores, max_detections)
+            found.add(batch.sample_ids.tolist(), truths, each, class_map, max_detections)
+    return tuple(
+        Share(
+            tuple(found.pictures),
+            tuple(skipped),
+            {model_classes.names[label]: count for label, count in found.left_out.items()},
+            found.not_finite,
+            dict(corr),
+        )
+        for found in finds
+    )
+
+
+@dataclass
+class _Finds:
+    """What one layer found so far."""
+
+    pictures: list[JudgedPicture] = field(default_factory=list)
+    left_out: Counter[int] = field(default_factory=Counter)
+    """Detections by the model's label of a class that the data do not have."""
+    not_finite: int = 0
+
+    def add(
+        self,
+        sample_ids: Sequence[int],
+        truths: Sequence[PictureTruth],
+        found: Sequence[PictureDetections],
+        class_map: ClassMap,
+        max_detections: int,
+    ) -> None:
+        """Takes a batch in, with the data's labels."""
+        for sample_id, truth, each in zip(sample_ids, truths, found, strict=True):
             finite = np.isfinite(each.scores) & np.isfinite(each.boxes_xyxy).all(axis=1)
             known = finite & (class_map.labels[each.labels] >= 0)
-            not_finite += int((~finite).sum())
-            left_out.update(model_classes.names[label] for label in each.labels[finite & ~known])
+            self.not_finite += int((~finite).sum())
+            self.left_out.update(int(label) for label in each.labels[finite & ~known])
             surest = _surest(_chosen(each, np.flatnonzero(known)), max_detections)
             renamed = replace(surest, labels=class_map.labels[surest.labels])
-            pictures.append(JudgedPicture(sample_id, truth, renamed))
-    return Share(tuple(pictures), tuple(skipped), dict(left_out), not_finite, dict(corr))
+            self.pictures.append(JudgedPicture(sample_id, truth, renamed))
 
 
 def picture_detections(

@@ -32,6 +32,26 @@ def study_keep_ratio(
 ) -> None:
     """AP, time and multiply-adds of Sparse DETR weights over the share of tokens that is kept."""
     with one_line_errors():
-        from cluster.commands.studies import draw_study
+        from cluster.commands.studies import draw_keep_ratios
 
-        draw_study(weights, data, overrides or [], rho or [], device, out, Console(), console())
+        draw_keep_ratios(
+            weights, data, overrides or [], rho or [], device, out, Console(), console()
+        )
+
+
+@study_app.command("decoder-depth")
+def study_decoder_depth(
+    weights: Weights,
+    data: LabelledSet,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Of evaluation, e.g. max_pictures=500."),
+    ] = None,
+    device: Device = "auto",
+    out: Out = Path("depth.png"),
+) -> None:
+    """AP of each decoder layer of finished weights, and parameters and multiply-adds by part."""
+    with one_line_errors():
+        from cluster.commands.studies import draw_depths
+
+        draw_depths(weights, data, overrides or [], device, out, Console(), console())
