@@ -20,6 +20,7 @@ from finetune.artefacts import BESIDE, COUNTERS, bare_name, fill, open_weights
 from finetune.model_card import model_card
 from finetune.onnx_export import write_onnx
 from models.artefact import METADATA_KEY, Artefact, artefact_metadata
+from models.backbone import kind_of
 from models.detector import Detector
 from models.interop.checkpoint_files import WeightsError
 from models.interop.conditional import to_conditional_names
@@ -214,10 +215,12 @@ def _refuse_other_kinds(artefact: Artefact, format: ExportFormat) -> None:
 
 def _refuse_windows(artefact: Artefact) -> None:
     """Tracing Swin's windows for pictures of any size did not end in 12 minutes (torch 2.14)."""
-    if artefact.detector.backbone.name == "swin_t":
+    backbone = artefact.detector.backbone.name
+    if kind_of(backbone) != "resnet":
+        other = " or detr" if kind_of(backbone) == "swin" else ""
         raise WeightsError(
-            f"{artefact.source} has a Swin-T, whose windows cannot be traced for pictures of any "
-            "size; export it with format querypatch or detr"
+            f"{artefact.source} has a {backbone}, whose windows cannot be traced for pictures of "
+            f"any size; export it with format querypatch{other}"
         )
 
 

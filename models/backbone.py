@@ -6,7 +6,7 @@ patches).
 """
 
 from collections.abc import Callable
-from typing import Literal, Self, assert_never
+from typing import Literal, Self, TypeGuard, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from models.dat import Dat, DatName, FoldedDat, TrainedSize, dat_layout, run_dat
+from models.dat_attention import ReferenceGrid
 from models.resnet import (
     FoldedResNet,
     ResNet,
@@ -27,8 +29,10 @@ from models.settings import Settings
 from models.swin import CHANNELS as SWIN_CHANNELS
 from models.swin import FoldedSwin, Swin, SwinName, run_swin
 
-BackboneName = Literal[ResNetName, SwinName]
-FoldedBackbone = FoldedResNet | FoldedSwin
+BackboneName = Literal[ResNetName, SwinName, DatName]
+Body = ResNet | Swin | Dat
+FoldedBackbone = FoldedResNet | FoldedSwin | FoldedDat
+BackboneKind = Literal["resnet", "swin", "dat"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Use = Literal["detector", "classifier"]
 """What a backbone is part of. A classifier's is trained from its first layer on, and a Swin in it
@@ -36,18 +40,23 @@ leaves windows unshifted where one covers the map, as those who published Swins 
 """
 
 
+_SWIN_DROP_PATH = 0.2
+
+
 class BackboneSettings(Settings):
-    """A ResNet with frozen BatchNorm, or a Swin-T."""
+    """A ResNet with frozen BatchNorm, a Swin-T, or a DAT."""
 
     name: BackboneName = "resnet50"
-    """A ResNet of some depth, or swin_t."""
+    """A ResNet of some depth, swin_t, or a DAT: dat_t, dat_s, dat_b (CVPR 2022), or dat_pp_t,
+    dat_pp_s, dat_pp_b (DAT++, which its authors call dat_tiny, dat_small, dat_base as well).
+    """
     dilation: bool = False
     """Keep layer4 at stride 16 by dilation ("DC5"); bottleneck ResNets only."""
     stride_in_1x1: bool = False
     """Put a bottleneck's stride on its first 1x1 convolution (original ResNet), not on the 3x3."""
     output: Literal["layer3", "layer4"] = "layer4"
-    """The last stage that the detector sees: layer4 (stride 32) or layer3 (stride 16); swin_t's
-    last and the one before it go by the same words.
+    """The last stage that the detector sees: layer4 (stride 32) or layer3 (stride 16); the last of
+    a transformer and the one before it go by the same words.
     """
     weights: str | None = None
     """Where the weights come from: a path or any fsspec URL of a checkpoint, or "random"; null
@@ -55,11 +64,20 @@ class BackboneSettings(Settings):
     """
     train: bool = False
     """Train from layer2 on, as DETR does; conv1, layer1 and every BatchNorm stay frozen. In a
-    swin_t the patch embedding and the first stage do, with the merging of patches that ends it.
+    transformer the patch embedding and the first stage do, with the merging that ends it.
     """
-    drop_path: float = Field(default=0.2, ge=0, lt=1)
-    """Of a trained swin_t: how often its last block is skipped for a picture (stochastic depth);
-    the others less often, down to never for the first.
+    drop_path: float | None = Field(default=None, ge=0, lt=1)
+    """Of a trained transformer: how often its last block is skipped for a picture (stochastic
+    depth); the others less often, down to never for the first. null is what was published for
+    ImageNet: 0.2 for swin_t, dat_t and dat_pp_t, 0.3 dat_s, 0.5 dat_b, 0.4 dat_pp_s, 0.7 dat_pp_b.
+    """
+    trained_size: TrainedSize = 224
+    """Of a DAT: side of the pictures that its weights were trained with, in pixels. It decides how
+    large its bias tables are, and the windows of dat_b: 7 cells, or 12 for 384 pixels.
+    """
+    reference_grid: ReferenceGrid = "published"
+    """Of a DAT: where deformed points start from. `published` is what published weights were
+    trained with, up to half a cell beside the cells; `aligned` is the cells themselves.
     """
     frozen_precision: Precision = "auto"
     """Precision of a frozen backbone; auto is bfloat16 where the device computes it natively."""
@@ -72,6 +90,12 @@ class BackboneSettings(Settings):
                     f"{key}=true needs bottleneck blocks, which name={self.name} does not have; "
                     f"use name=resnet50 or resnet101, or {key}=false"
                 )
+        for key, given in (
+            ("trained_size=384", self.trained_size != 224),
+            ("reference_grid=aligned", self.reference_grid != "published"),
+        ):
+            if given and kind_of(self.name) != "dat":
+                raise ValueError(f"{key} is of a DAT, and name={self.name}; leave it out")
         if self.dilation and self.output == "layer3":
             raise ValueError(
                 "dilation=true changes layer4 alone, which output=layer3 leaves out; "
@@ -178,8 +202,8 @@ def run_last(
     match folded:
         case FoldedResNet():
             return run_resnet(folded, pixels)
-        case FoldedSwin():
-            (last,) = run_swin(folded, pixels, 1)
+        case FoldedSwin() | FoldedDat():
+            (last,) = folded_levels(folded, pixels, 1)
             return last
         case _:
             assert_never(folded)
@@ -192,13 +216,33 @@ def folded_levels(folded: FoldedBackbone, pixels: Tensor, count: int) -> tuple[T
             return run_levels(folded, pixels, count)
         case FoldedSwin():
             return run_swin(folded, pixels, count)
+        case FoldedDat():
+            return run_dat(folded, pixels, count)
         case _:
             assert_never(folded)
 
 
+def kind_of(name: BackboneName) -> BackboneKind:
+    """The family of networks that it is of."""
+    match name:
+        case "resnet18" | "resnet34" | "resnet50" | "resnet101":
+            return "resnet"
+        case "swin_t":
+            return "swin"
+        case "dat_t" | "dat_s" | "dat_b" | "dat_pp_t" | "dat_pp_s" | "dat_pp_b":
+            return "dat"
+        case _:
+            assert_never(name)
+
+
+def is_resnet(name: BackboneName) -> TypeGuard[ResNetName]:
+    """Whether it is a ResNet, which others' detectors can name."""
+    return kind_of(name) == "resnet"
+
+
 def has_bottlenecks(name: BackboneName) -> bool:
     """Whether it is a ResNet of bottleneck blocks, which can dilate and move their strides."""
-    if name == "swin_t":
+    if not is_resnet(name):
         return False
     bottleneck, _ = resnet_layout(name)
     return bottleneck
@@ -225,46 +269,60 @@ def feature_padding(
     return resized[0].bool()
 
 
-def _body(settings: BackboneSettings, use: Use) -> ResNet | Swin:
+def _body(settings: BackboneSettings, use: Use) -> Body:
     num_stages = 4 if settings.output == "layer4" else 3
-    name = settings.name
-    if name == "swin_t":
-        return Swin(
-            num_stages=num_stages,
-            drop_path=settings.drop_path,
-            shifts_covering_windows=use == "detector",
-        )
-    return ResNet(
-        name,
-        num_stages=num_stages,
-        dilation=settings.dilation,
-        stride_in_1x1=settings.stride_in_1x1,
-    )
+    match settings.name:
+        case "swin_t":
+            return Swin(
+                num_stages=num_stages,
+                drop_path=_SWIN_DROP_PATH if settings.drop_path is None else settings.drop_path,
+                shifts_covering_windows=use == "detector",
+            )
+        case "resnet18" | "resnet34" | "resnet50" | "resnet101" as name:
+            return ResNet(
+                name,
+                num_stages=num_stages,
+                dilation=settings.dilation,
+                stride_in_1x1=settings.stride_in_1x1,
+            )
+        case name:
+            published = dat_layout(name).drop_path
+            return Dat(
+                name,
+                num_stages=num_stages,
+                drop_path=published if settings.drop_path is None else settings.drop_path,
+                trained_size=settings.trained_size,
+                grid=settings.reference_grid,
+            )
 
 
-def _frozen_parts(body: ResNet | Swin, use: Use) -> tuple[str, ...]:
+def _frozen_parts(body: Body, use: Use) -> tuple[str, ...]:
     """How the names of those parameters begin that training leaves as they are."""
     if use == "classifier":
         return ()
     match body:
         case ResNet():
             return ("conv1.", "layer1.")
-        case Swin():
+        case Swin() | Dat():
             return ("patch_embedding.", "stages.0.")
         case _:
             assert_never(body)
 
 
-def _unused_norms(body: ResNet | Swin, num_levels: int) -> tuple[str, ...]:
+def _unused_norms(body: Body, num_levels: int) -> tuple[str, ...]:
     """How the norms begin of maps that nobody asks for."""
     return tuple(f"norms.{stage}." for stage in range(body.num_stages - num_levels))
 
 
 def _all_channels(name: BackboneName) -> tuple[int, ...]:
     """Of the maps of all four stages, stride 4 first."""
-    if name == "swin_t":
-        return SWIN_CHANNELS
-    return tuple(stage_channels(name, stage) for stage in range(4))
+    match name:
+        case "swin_t":
+            return SWIN_CHANNELS
+        case "resnet18" | "resnet34" | "resnet50" | "resnet101":
+            return tuple(stage_channels(name, stage) for stage in range(4))
+        case _:
+            return dat_layout(name).channels
 
 
 def _computes_bfloat16(device: torch.device) -> bool:

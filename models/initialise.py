@@ -2,8 +2,9 @@
 
 Transformer: Xavier-uniform matrices, attention biases 0; heads and projections: torch's defaults;
 queries N(0, 1); learned positions U(0, 1); ResNet convolutions: He-normal over the outputs, as
-torchvision; Swin: normal of deviation 0.02 and biases 0, as its authors. The same generator state
-gives the same weights on every rank and machine.
+torchvision; Swin: normal of deviation 0.02 and biases 0, as its authors; DAT: torch's defaults and
+normal bias tables, as its authors (their own initialisation reaches no weight). The same generator
+state gives the same weights on every rank and machine.
 """
 
 import math
@@ -13,16 +14,20 @@ from torch import nn
 
 from models.attention import Attention
 from models.conditional_attention import ConditionalCrossAttention, ConditionalSelfAttention
+from models.dat import Dat
+from models.dat_attention import DatAttention
 from models.deformable_attention import DeformableAttention
 from models.detector_settings import DetectorSettings
 from models.heads import BoxHead, begin_at_reference, begin_rare
 from models.levels import InputLevel
+from models.neighbourhood import NeighbourhoodAttention
 from models.position import LearnedPositions
 from models.proposals import ProposalQueries, ProposalTokens
 from models.query_positions import AnchorPositions, ConditionalPositions
 from models.selection import TokenScorer
-from models.swin import Swin, WindowAttention
+from models.swin import Swin
 from models.transformer import Encoder, FeedForward
+from models.windows import WindowAttention
 
 _FIRST_SIZE_LOGIT = -2.0
 """Learned reference points begin with boxes of side sigmoid(-2) = 0.12 (the paper says 0.1)."""
@@ -103,6 +108,8 @@ def _draw(part: nn.Module, generator: torch.Generator) -> None:
                 nn.init.uniform_(part.bias, -bound, bound, generator=generator)
         case Swin():
             _draw_swin(part, generator)
+        case Dat():
+            _draw_dat(part, generator)
         case nn.Conv2d():
             nn.init.kaiming_normal_(
                 part.weight, mode="fan_out", nonlinearity="relu", generator=generator
@@ -154,3 +161,22 @@ def _draw_swin(swin: Swin, generator: torch.Generator) -> None:
                 nn.init.zeros_(part.bias)
         if isinstance(part, WindowAttention):
             nn.init.trunc_normal_(part.relative_position_bias_table, std=0.02, generator=generator)
+
+
+def _draw_dat(dat: Dat, generator: torch.Generator) -> None:
+    for part in dat.modules():
+        match part:
+            case nn.Linear() | nn.Conv2d():
+                bound = 1 / math.sqrt(part.weight[0].numel())
+                nn.init.uniform_(part.weight, -bound, bound, generator=generator)
+                if part.bias is not None:
+                    nn.init.uniform_(part.bias, -bound, bound, generator=generator)
+            case WindowAttention():
+                table = part.relative_position_bias_table
+                nn.init.trunc_normal_(table, std=0.01, generator=generator)
+            case DatAttention():
+                nn.init.trunc_normal_(part.bias_table, std=0.01, generator=generator)
+            case NeighbourhoodAttention():
+                nn.init.trunc_normal_(part.bias_table, std=0.02, generator=generator)
+            case _:
+                pass

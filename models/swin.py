@@ -8,17 +8,18 @@ before they merge.
 """
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMerging
 from torchvision.ops import StochasticDepth
+
+from models.windows import WindowAttention
 
 SwinName = Literal["swin_t"]
 
@@ -146,7 +147,7 @@ class SwinBlock(nn.Module):
     def __init__(self, channels: int, num_heads: int, shift: int, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.attention = WindowAttention(channels, num_heads, shift)
+        self.attention = WindowAttention(channels, num_heads, WINDOW, shift)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(
             nn.Linear(channels, _WIDENING * channels),
@@ -162,103 +163,3 @@ class SwinBlock(nn.Module):
         features = features + self.stochastic_depth(self.attention(self.norm1(features)))
         thought: Tensor = self.stochastic_depth(self.mlp(self.norm2(features)))
         return features + thought
-
-
-class WindowAttention(nn.Module):
-    """Multi-head attention among the tokens of each 7x7 window, with a bias by displacement.
-
-    With a `shift`, the windows lie that many rows and columns further down and to the right; those
-    cut off at one edge wrap around to the other, where tokens of different edges do not meet. An
-    axis that one window covers is shifted too, unless `shifts_covering` is turned off.
-    """
-
-    displacement_index: Tensor
-
-    def __init__(self, channels: int, num_heads: int, shift: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.shift = shift
-        self.shifts_covering = True
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.projection = nn.Linear(channels, channels)
-        self.relative_position_bias_table = nn.Parameter(
-            torch.zeros((2 * WINDOW - 1) ** 2, num_heads)
-        )
-        self.register_buffer("displacement_index", relative_position_index(), persistent=False)
-
-    def forward(
-        self, features: Float[Tensor, "batch rows columns channels"]
-    ) -> Float[Tensor, "batch rows columns channels"]:
-        """A map of the same size; tokens that fill up windows are keys like any other."""
-        batch, rows, columns, _ = features.shape
-        padded = F.pad(features, (0, 0, 0, -columns % WINDOW, 0, -rows % WINDOW))
-        height, width = padded.shape[1:3]
-        down, right = self._shift_of(height), self._shift_of(width)
-        shifted = padded.roll((-down, -right), (1, 2))
-        looked = self._look(_windows(shifted), self._bias(height, width, batch))
-        whole = _without_windows(looked, height, width).roll((down, right), (1, 2))
-        return whole[:, :rows, :columns]
-
-    def _look(
-        self, tokens: Float[Tensor, "windows tokens channels"], bias: Tensor
-    ) -> Float[Tensor, "windows tokens channels"]:
-        split = (len(tokens), WINDOW * WINDOW, 3, self.num_heads, -1)
-        queries, keys, values = self.qkv(tokens).view(split).permute(2, 0, 3, 1, 4)
-        looked = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
-        projected: Tensor = self.projection(looked.transpose(1, 2).flatten(2))
-        return projected
-
-    def _bias(self, height: int, width: int, batch: int) -> Float[Tensor, "windows heads q k"]:
-        """What is added to the logits; of all windows, or of one where they are alike."""
-        table = self.relative_position_bias_table
-        bias = table[self.displacement_index].permute(2, 0, 1)[None]
-        down, right = self._shift_of(height), self._shift_of(width)
-        if down or right:
-            regions = _windows(_regions(height, width, (down, right), table.device)).flatten(1)
-            apart = regions[:, None, :, None] != regions[:, None, None, :]
-            bias = bias.masked_fill(apart, -math.inf).repeat(batch, 1, 1, 1)
-        return bias
-
-    def _shift_of(self, length: int) -> int:
-        """Along an axis of so many cells."""
-        return self.shift if self.shifts_covering or length > WINDOW else 0
-
-
-def relative_position_index() -> Int64[Tensor, "tokens tokens"]:
-    """The row of the bias table for each pair of tokens in a window: their displacement."""
-    tokens = torch.cartesian_prod(torch.arange(WINDOW), torch.arange(WINDOW))
-    displacement = tokens[:, None] - tokens[None, :] + WINDOW - 1
-    return displacement[..., 0] * (2 * WINDOW - 1) + displacement[..., 1]
-
-
-def _regions(
-    height: int, width: int, shift: tuple[int, int], device: torch.device
-) -> Int64[Tensor, "1 height width 1"]:
-    """A number for each part of the shifted map whose tokens were neighbours before the shift."""
-    row = _bands(height, shift[0], device)
-    column = _bands(width, shift[1], device)
-    return (3 * row[:, None] + column[None, :])[None, :, :, None]
-
-
-def _bands(length: int, shift: int, device: torch.device) -> Int64[Tensor, " length"]:
-    """0, then 1 for the start of the last window, then 2 for what was wrapped around."""
-    position = torch.arange(length, device=device)
-    return (position >= length - WINDOW).long() + (position >= length - shift).long()
-
-
-def _windows(
-    features: Float[Tensor, "batch height width channels"]
-    | Int64[Tensor, "batch height width channels"],
-) -> Tensor:
-    """The tokens of each window, (batch * windows, 49, channels)."""
-    batch, height, width, channels = features.shape
-    grid = (batch, height // WINDOW, WINDOW, width // WINDOW, WINDOW, channels)
-    return features.reshape(grid).transpose(2, 3).reshape(-1, WINDOW * WINDOW, channels)
-
-
-def _without_windows(
-    tokens: Float[Tensor, "windows tokens channels"], height: int, width: int
-) -> Float[Tensor, "batch height width channels"]:
-    """The map that was cut into windows."""
-    grid = (-1, height // WINDOW, width // WINDOW, WINDOW, WINDOW, tokens.shape[-1])
-    return tokens.view(grid).transpose(2, 3).reshape(-1, height, width, tokens.shape[-1])

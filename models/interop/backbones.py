@@ -2,7 +2,8 @@
 
 torchvision and timm use the names that ours uses; SwAV (Caron et al., NeurIPS 2020) adds `module.`,
 a projection head and prototypes. Whether the stride sits in the 1x1 convolution cannot be seen in
-the tensors: the settings say it. What files of a Swin-T look like is told in `swin.py`.
+the tensors: the settings say it. What files of a Swin-T or a DAT look like is told in `swin.py` and
+`dat.py`.
 """
 
 import logging
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from models.backbone import Backbone, BackboneSettings
 from models.interop.checkpoint_files import WeightsError, read_tensors
+from models.interop.dat import dat_file, is_dat
 from models.interop.placing import FileNames, LoadReport, place_tensors
 from models.interop.swin import BODY, swin_file
 
@@ -71,21 +73,40 @@ def _load(backbone: Backbone, tensors: Mapping[str, Tensor], source: str) -> Loa
 def file_names(backbone: Backbone, tensors: Mapping[str, Tensor], source: str) -> FileNames:
     """How a file of such tensors names those of a backbone; WeightsError where it is of another."""
     settings, swin = backbone.settings, swin_file(tensors, backbone.body.num_stages)
-    if settings.name != "swin_t":
-        if swin:
-            raise WeightsError(
-                f"{source} holds a Swin, and backbone.name={settings.name}; "
-                "say name=swin_t, or give the file of a ResNet"
-            )
-        left_out = (*LEFT_OUT, *_stages_beyond(settings))
-        return FileNames(lambda ours: ours, left_out, new=(), head="fc.", norm=None)
-    if swin is None:
-        found = "a ResNet" if "layer1.0.conv1.weight" in tensors else "no Swin"
-        raise WeightsError(
-            f"{source} holds {found}, and backbone.name=swin_t; give the file of a Swin-T "
-            "with the names of its authors, of timm or of torchvision, or say another name"
-        )
-    return swin
+    match settings.name:
+        case "resnet18" | "resnet34" | "resnet50" | "resnet101":
+            if swin or is_dat(tensors):
+                raise _another(settings, tensors, source, "give the file of a ResNet")
+            left_out = (*LEFT_OUT, *_stages_beyond(settings))
+            return FileNames(lambda ours: ours, left_out, new=(), head="fc.", norm=None)
+        case "swin_t":
+            if swin is None:
+                advice = "give the file of a Swin-T with the names of its authors, of timm or of "
+                raise _another(settings, tensors, source, advice + "torchvision")
+            return swin
+        case name:
+            if not is_dat(tensors):
+                advice = "give a file with the names of DAT's authors"
+                raise _another(settings, tensors, source, advice)
+            return dat_file(settings, name, tensors, source)
+
+
+def _another(
+    settings: BackboneSettings, tensors: Mapping[str, Tensor], source: str, advice: str
+) -> WeightsError:
+    """A file of another network than the settings say."""
+    if swin_file(tensors, num_stages=4):
+        found, name = "a Swin", "swin_t"
+    elif is_dat(tensors):
+        found, name = "a DAT", "dat_t or the like"
+    elif "layer1.0.conv1.weight" in tensors:
+        found, name = "a ResNet", "resnet50 or the like"
+    else:
+        found, name = "none of the networks that are known here", ""
+    other = f", or say name={name}" if name else ""
+    return WeightsError(
+        f"{source} holds {found}, and backbone.name={settings.name}; {advice}{other}"
+    )
 
 
 def backbone_tensors(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from models.backbone import kind_of
 from models.detector import Detector
 from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
@@ -108,6 +109,11 @@ def layout_of(settings: DetectorSettings) -> PublicLayout:
                 f"{what} with deformable attention is no public architecture; export with format "
                 "querypatch"
             )
+    if kind_of(settings.backbone.name) == "dat":
+        raise WeightsError(
+            f"backbone.name={settings.backbone.name} is in no public detector of these; export "
+            "with format querypatch"
+        )
     sparse, chosen = settings.rho is not None, settings.selection
     if sparse and chosen.criterion == "objectness":
         raise WeightsError(
@@ -122,7 +128,7 @@ def layout_of(settings: DetectorSettings) -> PublicLayout:
         encoder_heads=max(settings.encoder_layers - 1, 0)
         if sparse and chosen.encoder_auxiliary
         else 0,
-        swin=settings.backbone.name == "swin_t",
+        swin=kind_of(settings.backbone.name) == "swin",
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from models.backbone import BackboneSettings
+from models.backbone import BackboneSettings, is_resnet
 from models.detector import Detector
 from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
@@ -62,7 +62,10 @@ def refuse_nameless(settings: DetectorSettings) -> None:
     lacking = (
         (settings.rho is not None, f"rho={settings.rho} with dense attention"),
         (settings.class_scores == "sigmoid", "class_scores=sigmoid with dense attention"),
-        (settings.backbone.name == "swin_t", "backbone.name=swin_t with dense attention"),
+        (
+            not is_resnet(settings.backbone.name),
+            f"backbone.name={settings.backbone.name} with dense attention",
+        ),
         *((is_so, f"{what} with dense attention") for is_so, what in beyond_others(settings)),
     )
     for is_so, what in lacking:

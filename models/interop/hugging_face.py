@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from models.backbone import is_resnet
 from models.detector_settings import DetectorSettings
 from models.interop.checkpoint_files import WeightsError
 from models.interop.class_names import distinct_names
@@ -140,7 +141,7 @@ def hugging_face_config(settings: DetectorSettings, classes: Classes | None) -> 
     """
     _refuse_inexpressible(settings)
     name = settings.backbone.name
-    assert name != "swin_t"
+    assert is_resnet(name)
     bottleneck, depths = resnet_layout(name)
     stages = 4 if settings.backbone.output == "layer4" else 3
     count = settings.num_classes or 0
@@ -210,7 +211,7 @@ def _refuse_unlike(config: Mapping[str, object], heads: object, source: str) -> 
 
 def _refuse_inexpressible(settings: DetectorSettings) -> None:
     lacking = (
-        (settings.backbone.name == "swin_t", "a Swin backbone"),
+        (not is_resnet(settings.backbone.name), f"backbone.name={settings.backbone.name}"),
         (
             "deformable" in (settings.encoder_attention, settings.decoder_attention),
             "deformable attention",

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from models.backbone import BackboneSettings
 from models.interop.placing import FileNames
-from models.swin import DEPTHS, relative_position_index
+from models.swin import DEPTHS, WINDOW
+from models.windows import relative_position_index
 
 SwinForm = Literal["official", "timm", "torchvision"]
 
@@ -107,7 +108,9 @@ def swin_constants(settings: BackboneSettings) -> dict[str, Tensor]:
     """What official files hold besides the tensors of a Swin of these settings, without BODY."""
     stages = DEPTHS if settings.output == "layer4" else DEPTHS[:-1]
     return {
-        f"layers.{stage}.blocks.{block}.attn.relative_position_index": relative_position_index()
+        f"layers.{stage}.blocks.{block}.attn.relative_position_index": relative_position_index(
+            WINDOW
+        )
         for stage, depth in enumerate(stages)
         for block in range(depth)
     }

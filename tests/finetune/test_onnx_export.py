@@ -151,6 +151,6 @@ def test_a_missing_package_is_named_with_its_extra(
 def test_a_swin_is_refused_before_it_is_traced(tmp_path: Path) -> None:
     swin = BackboneSettings(name="swin_t", output="layer3", weights="random")
     write_weights(tmp_path / "w.safetensors", SETTINGS.model_copy(update={"backbone": swin}))
-    with pytest.raises(WeightsError, match=r"has a Swin-T, .* format querypatch or detr"):
+    with pytest.raises(WeightsError, match=r"has a swin_t, .* format querypatch or detr"):
         export(str(tmp_path / "w.safetensors"), str(tmp_path / "w.onnx"), "onnx")
     assert not (tmp_path / "w.onnx").exists()

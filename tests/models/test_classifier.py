@@ -12,7 +12,7 @@ from models.classifier import Classifier
 from models.interop.checkpoint_files import WeightsError
 from models.interop.classifiers import load_classifier
 from models.interop.swin import timm_name
-from models.swin import WindowAttention, relative_position_index
+from models.windows import WindowAttention, relative_position_index
 
 
 def classifier(name: str, num_classes: int = 5, **changes: object) -> Classifier:
@@ -77,7 +77,7 @@ def test_timms_names_of_a_swin_bring_the_same_classifier(swin: nn.Module, tmp_pa
         f"norm.{part}": tensor
         for part, tensor in theirs.backbone.body.norms[3].state_dict().items()
     }
-    tensors["layers.1.blocks.1.attn.relative_position_index"] = relative_position_index()
+    tensors["layers.1.blocks.1.attn.relative_position_index"] = relative_position_index(7)
     ours = loaded_from(tensors, tmp_path / "timm.pth", "swin_t")
     wanted = theirs.state_dict()
     for name, tensor in ours.state_dict().items():

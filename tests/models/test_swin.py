@@ -24,7 +24,7 @@ from models.interop.swin import (
     timm_name,
     torchvision_name,
 )
-from models.swin import WindowAttention, relative_position_index
+from models.windows import WindowAttention, relative_position_index
 from tests.parity.case import OUTPUT_TOLERANCE, read_case
 from tests.parity.detector import images_of, tensors_of
 
@@ -123,7 +123,7 @@ def test_pictures_of_odd_sizes_are_filled_up_to_whole_patches(frozen: Backbone) 
 
 def test_shifted_windows_hide_from_each_other_what_the_shift_brought_together() -> None:
     """Attention that averages: a token then sees the tokens of its window and region alone."""
-    attention = WindowAttention(3, 1, shift=3)
+    attention = WindowAttention(3, 1, window=7, shift=3)
     with torch.no_grad():
         attention.qkv.weight.zero_()[6:] = torch.eye(3)
         attention.qkv.bias.zero_()
@@ -136,7 +136,7 @@ def test_shifted_windows_hide_from_each_other_what_the_shift_brought_together() 
 
 
 def test_the_bias_of_two_tokens_is_told_by_their_displacement() -> None:
-    index = relative_position_index()
+    index = relative_position_index(7)
     assert index[0, 0] == index[48, 48] == 6 * 13 + 6
     assert index[8, 0] == index[16, 8] == 7 * 13 + 7
     assert index[0, 48] == 0
@@ -220,7 +220,7 @@ def classifier_file(backbone: Backbone, naming: Naming) -> dict[str, Tensor]:
         if not name.startswith("norms.")
     }
     table = naming("stages.1.blocks.1.attention.relative_position_bias_table")
-    tensors[table.replace("bias_table", "index")] = relative_position_index()
+    tensors[table.replace("bias_table", "index")] = relative_position_index(7)
     tensors["norm.weight"] = torch.ones(768)
     tensors["head.fc.weight" if naming is timm_name else "head.weight"] = torch.ones(2, 768)
     return tensors
@@ -291,10 +291,13 @@ def test_a_resnets_file_is_no_swins_and_the_reverse(frozen: Backbone, tmp_path: 
         loaded_from(tmp_path / "resnet.pth")
     for naming in (swin_name, timm_name, torchvision_name):
         torch.save(classifier_file(frozen, naming), tmp_path / "swin.pth")
-        with pytest.raises(WeightsError, match=r"holds a Swin, and backbone.name=resnet18; say"):
+        with pytest.raises(
+            WeightsError,
+            match=r"holds a Swin, and backbone.name=resnet18; give.* or say name=swin_t",
+        ):
             loaded_from(tmp_path / "swin.pth", name="resnet18")
     torch.save({"weight": torch.ones(1)}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match="holds no Swin"):
+    with pytest.raises(WeightsError, match="holds none of the networks"):
         loaded_from(tmp_path / "other.pth")
 
 

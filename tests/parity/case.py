@@ -82,7 +82,10 @@ def read_case(path: Path) -> Case:
         config=described["config"],
         inputs=described["inputs"],
         loss_weights=described.get("loss_weights", {}),
-        zero_gradients=tuple(described.get("margins", {}).get("gradients_zero_up_to_rounding", ())),
+        zero_gradients=(
+            *described.get("margins", {}).get("gradients_zero_up_to_rounding", ()),
+            *described.get("checks", {}).get("grad_norms_zero_up_to_rounding", ()),
+        ),
         manifest=path.parents[1] / manifest if manifest else None,
         arrays=arrays,
     )

@@ -14,6 +14,7 @@ from tests.parity.case import (
 )
 from tests.parity.conditional import run_conditional
 from tests.parity.criterion import run_criterion, run_postprocess
+from tests.parity.dat import run_dat_case
 from tests.parity.deformable import run_deformable
 from tests.parity.detector import run_detector, run_patch_detector
 from tests.parity.msda import run_operator
@@ -46,6 +47,8 @@ def _runner(case: Case) -> Iterator[Finding]:
         return run_deformable(case)
     if kind.startswith("updetr_pretrain_"):
         return run_patch_detector(case)
+    if kind.startswith("dat_"):
+        return run_dat_case(case)
     if kind.startswith("panoptic_"):
         return run_panoptic(case)
     if kind in ("criterion_detr", "criterion_updetr"):
