@@ -5,7 +5,8 @@ import io
 import json
 import pickle
 import struct
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import fsspec
@@ -113,10 +114,19 @@ def _arguments(loaded: object) -> dict[str, object]:
     }
 
 
+_STAND_INS: list[Callable[..., object] | tuple[Callable[..., object], str]] = [
+    argparse.Namespace,
+    (OrderedDict, "yacs.config.CfgNode"),
+]
+"""What published files hold beside tensors, as plain data: DETR's their arguments; DAT's and Swin's
+a tree of settings, whose class is a dictionary with attributes, as an OrderedDict is.
+"""
+
+
 def _read_pickle(content: bytes, source: str) -> object:
-    """Published DETR files hold their arguments as a Namespace, which is data; no more gets in."""
+    """Plain data and the settings of _STAND_INS; no more gets in."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_STAND_INS):
             loaded: object = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             return loaded
     except _NO_PICKLE as error:
