@@ -20,7 +20,7 @@ from typing import Literal, assert_never
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -95,14 +95,15 @@ class DatAttention(nn.Module):
         return self._points(self.query(features))
 
     def attention(
-        self, features: Float[Tensor, "batch rows columns channels"], cells: list[tuple[int, int]]
+        self,
+        features: Float[Tensor, "batch rows columns channels"],
+        chosen: Int64[Tensor, " cells"],
     ) -> Float[Tensor, "batch heads cells keys"]:
-        """How strongly some cells, (row, column), look at each key, in float32."""
+        """How strongly chosen cells, by row * columns + column, look at each key, in float32."""
         size = (features.shape[1], features.shape[2])
         queries = self.query(features)
         moved = self._points(queries).moved
         keys = self._heads(self.key(_read(features, moved))).float()
-        chosen = torch.tensor([row * size[1] + column for row, column in cells])
         asked = self._heads(queries.flatten(1, 2))[:, :, chosen].float()
         placed = self._query_grid(size, features.device)[chosen.to(features.device)]
         bias = self._bias(placed, moved.flatten(2, 3))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.words import Kind, LabelledSet, Out, PicturesFolder, one_line_errors
+from cluster.cli.words import Kind, LabelledSet, Out, PicturesFolder, Weights, one_line_errors
 
 show_app = typer.Typer(help="Draw what goes in and what comes out.", no_args_is_help=True)
 
@@ -44,6 +44,28 @@ def show_data(
         for picture in drawn.skipped:
             typer.secho(f"skipped {picture}", err=True)
         typer.echo(f"wrote {out}: {drawn.num_pictures} pictures, {drawn.num_boxes} boxes")
+
+
+@show_app.command("points")
+def show_points(
+    weights: Weights,
+    pictures: Annotated[list[str], typer.Argument(help="Files, globs, folders, URLs.")],
+    backbone: Annotated[
+        list[str] | None,
+        typer.Option(help="WEIGHTS are those of a DAT alone: its settings, e.g. name=dat_t."),
+    ] = None,
+    at: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="The query that looks: X and Y from 0 to 1. Default: all do."),
+    ] = None,
+    out: Out = Path("points.png"),
+) -> None:
+    """Draw where the deformable attention of a DAT looks in pictures."""
+    with one_line_errors():
+        from finetune.show_points import draw_points
+
+        drawn = draw_points(weights, pictures, out, backbone or [], at)
+        typer.echo(f"wrote {out}: {drawn} pictures")
 
 
 @show_app.command("curves")

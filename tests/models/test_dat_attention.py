@@ -146,7 +146,7 @@ def test_maps_of_one_cell_go_too(grid: ReferenceGrid, offset_range: float | None
 
 def test_the_attention_that_is_handed_out_is_the_one_that_looks() -> None:
     part, given = attention(), features(3, 4)
-    handed = part.attention(given, [(2, 1), (0, 3)])
+    handed = part.attention(given, torch.tensor([2 * 4 + 1, 3]))
     assert handed.shape == (2, 4, 2, 12)
     read = dat_attention._read(given, part.points(given).moved)
     values = part.value(read).unflatten(2, (4, 2)).transpose(1, 2)
