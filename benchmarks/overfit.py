@@ -4,10 +4,10 @@
 
 Trains the recipe finetune/tiny_cpu_scratch (two encoder and two decoder layers of width 128) on a
 few pictures without augmentation, on frozen features of a ResNet-50 cut after layer3, and judges it
-on the same pictures. `--family deformable` or `sparse` takes deformable_tiny_cpu_scratch or
-sparse_tiny_cpu_scratch, on the maps of layer2 and layer3. Prints AP over the steps; fails where
-AP50 stays under 0.9. Small objects take a larger --side and many more steps: features have a stride
-of 16.
+on the same pictures. `--family conditional`, `dab`, `deformable` or `sparse` takes the recipe of
+that name, the last two on the maps of layer2 and layer3. Prints AP over the steps; fails where AP50
+stays under 0.9. Small objects take a larger --side and many more steps: features have a stride of
+16.
 """
 
 import argparse
@@ -27,15 +27,19 @@ from finetune.recipe import FinetuneRecipe
 from finetune.run import checked_recipe
 from training.run_folder import open_run_folder
 
-Family = Literal["detr", "deformable", "sparse"]
+Family = Literal["detr", "conditional", "dab", "deformable", "sparse"]
 
 _RECIPES: dict[Family, str] = {
     "detr": "tiny_cpu_scratch",
+    "conditional": "conditional_tiny_cpu_scratch",
+    "dab": "dab_tiny_cpu_scratch",
     "deformable": "deformable_tiny_cpu_scratch",
     "sparse": "sparse_tiny_cpu_scratch",
 }
 _LEARNS: dict[Family, tuple[str, ...]] = {
     "detr": ("optimiser.lr=1e-3",),
+    "conditional": ("optimiser.lr=1e-3",),
+    "dab": ("optimiser.lr=1e-3",),
     "deformable": ("optimiser.lr=1e-3", "optimiser.sampling_lr=1e-4", "model.feature_levels=2"),
     "sparse": ("optimiser.lr=1e-3", "optimiser.sampling_lr=1e-4", "model.feature_levels=2"),
 }

@@ -26,7 +26,13 @@ CONFIG = "config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")
 """What the weights in an exported folder are called, ours and transformers'."""
 
-BESIDE = ("patch_projection.*", "reconstruction.*", "attention.*", "mask_head.*")
+OF_DISTILLATION = ("query_projection.*",)
+"""Tensors that a student has only while it learns from a teacher of another width."""
+
+BESIDE = (
+    *("patch_projection.*", "reconstruction.*", "attention.*", "mask_head.*"),
+    *OF_DISTILLATION,
+)
 """Tensors beside a detector in the models that hold one, by shell pattern."""
 
 COUNTERS = "*.num_batches_tracked"
@@ -76,7 +82,7 @@ def build_detector(artefact: Artefact) -> Detector:
             "classes; finetune a detector with init= this file"
         )
     detector = Detector(artefact.detector, torch.Generator())
-    fill(detector, artefact, left_out=BESIDE if artefact.kind == "panoptic" else ())
+    fill(detector, artefact, left_out=BESIDE if artefact.kind == "panoptic" else OF_DISTILLATION)
     return detector.eval()
 
 

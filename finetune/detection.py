@@ -8,11 +8,13 @@ from torch import nn
 from data.detection_batches import PackedDetectionBatch, detection_to_device
 from data.detection_content import DetectionContent
 from data.detection_set import DetectionSet
+from finetune.distillation import distilled_task
 from finetune.evaluation import Progress, evaluate_detector
 from finetune.evaluation_report import evaluation_json
 from finetune.objective import DetectionObjective
 from finetune.recipe import FinetuneRecipe
 from finetune.task import Judgement, Scoring, Task, TaskSets
+from finetune.teacher import open_teacher
 from finetune.transfer import initial_detector
 from models.detection_losses import supervision_of
 from models.detector import Detector
@@ -31,7 +33,13 @@ def detection_task(
     """
     classes = sets.train.classes
     detector, report = _detector(recipe, classes, is_fresh)
-    return Task(
+    objective = DetectionObjective(
+        recipe.costs,
+        recipe.losses,
+        detector.settings.total_queries,
+        supervision_of(detector.settings),
+    )
+    task = Task(
         model=detector,
         backbone=detector.backbone,
         load_report=report,
@@ -42,14 +50,13 @@ def detection_task(
             augment=recipe.data.augment,
         ),
         to_device=detection_to_device,
-        objective=DetectionObjective(
-            recipe.costs,
-            recipe.losses,
-            detector.settings.total_queries,
-            supervision_of(detector.settings),
-        ),
+        objective=objective,
         evaluate=_evaluation(recipe, classes, sets.validation, world),
     )
+    if recipe.distill is None:
+        return task
+    teacher = open_teacher(recipe.distill, detector.settings, classes)
+    return distilled_task(task, objective, teacher, recipe.seed, world)
 
 
 def _detector(

@@ -36,6 +36,11 @@ def check_dense(settings: DetectorSettings) -> None:
             "task=panoptic: a mask head reads dense attention to one feature map, which deformable "
             "attention has not; give init= a DETR detector (dense attention)"
         )
+    if settings.class_scores == "sigmoid":
+        raise WeightsError(
+            "task=panoptic: a mask head goes on detectors with softmax scores alone, this one has "
+            "class_scores=sigmoid; give init= a DETR detector"
+        )
 
 
 def load_mask_head(

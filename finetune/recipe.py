@@ -10,6 +10,7 @@ from data.detection_transforms import AugmentSettings
 from data.loader import StreamSettings
 from data.order import OrderSettings
 from data.subsets import SubsetSettings
+from finetune.distill import DistillSettings
 from finetune.evaluation import EvaluationSettings
 from finetune.metric_names import QUALITY_NAMES, number_names, one_shot_names
 from finetune.one_shot import OneShotSettings
@@ -94,6 +95,8 @@ class FinetuneRecipe(RunRecipe):
     """Of task one_shot."""
     panoptic: PanopticSettings = PanopticSettings()
     """Of task panoptic."""
+    distill: DistillSettings | None = None
+    """Learn from a trained detector as well (D3ETR); of task detect. Null has no teacher."""
     best_metric: str = "eval/ap"
     """Metric of the evaluation by which the best weights are kept in `best/`."""
     early_stop: EarlyStopSettings | None = None
@@ -122,6 +125,11 @@ class FinetuneRecipe(RunRecipe):
             raise ValueError(
                 "task=panoptic trains a mask head on a finished detector; name it with init=, a "
                 "run of task=detect on the same classes"
+            )
+        if self.distill is not None and self.task != "detect":
+            raise ValueError(
+                f"distill.teacher is given with task={self.task}: only detectors of all classes "
+                "learn from a teacher; use task=detect, or leave distill out"
             )
         self._check_metric("best_metric", self.best_metric)
         if self.early_stop is not None:
@@ -155,8 +163,13 @@ class FinetuneRecipe(RunRecipe):
 
 
 def users_keys(values: Mapping[str, object]) -> tuple[str, ...]:
-    """Keys that a recipe of these plain values leaves to its user; from scratch without `init`."""
-    return USERS_KEYS if values.get("from_scratch") else (*USERS_KEYS, "init")
+    """Keys that a recipe of these plain values leaves to its user.
+
+    From scratch without `init`; with a section `distill` a teacher.
+    """
+    init = () if values.get("from_scratch") else ("init",)
+    teacher = () if values.get("distill") is None else ("distill.teacher",)
+    return (*USERS_KEYS, *init, *teacher)
 
 
 def with_absolute_paths(recipe: FinetuneRecipe) -> FinetuneRecipe:
@@ -164,10 +177,14 @@ def with_absolute_paths(recipe: FinetuneRecipe) -> FinetuneRecipe:
     backbone = recipe.model.backbone
     if backbone.weights != RANDOM_WEIGHTS:
         backbone = backbone.model_copy(update={"weights": absolute(backbone.weights)})
+    distill = recipe.distill
+    if distill is not None:
+        distill = distill.model_copy(update={"teacher": absolute(distill.teacher)})
     return recipe.model_copy(
         update={
             "run": absolute(recipe.run),
             "init": absolute(recipe.init),
+            "distill": distill,
             "data": _with_absolute_places(recipe.data),
             "model": recipe.model.model_copy(update={"backbone": backbone}),
         }

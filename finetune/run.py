@@ -24,6 +24,7 @@ from finetune.panoptic_weights import check_dense
 from finetune.recipe import FinetuneRecipe
 from finetune.sets import SUBSET, open_sets
 from finetune.task import Task, TaskSets
+from finetune.teacher import open_teacher
 from finetune.transfer import resolve_model
 from models.artefact import ArtefactKind, PictureInput, Provenance, artefact_metadata
 from models.detector_settings import DetectorSettings
@@ -83,10 +84,11 @@ def checked_recipe(
         logger.warning("data.validation is not given: nothing is evaluated during the run")
     if recipe.task == "one_shot":
         check_unseen(recipe.one_shot.unseen, train, validation)
-    if not is_fresh:
-        return recipe, digests
-    model = _resolved(recipe, train.classes)
-    return recipe.model_copy(update={"model": model}), digests
+    if is_fresh:
+        recipe = recipe.model_copy(update={"model": _resolved(recipe, train.classes)})
+    if recipe.distill is not None:
+        open_teacher(recipe.distill, recipe.model, train.classes)
+    return recipe, digests
 
 
 def _resolved(recipe: FinetuneRecipe, classes: Classes) -> DetectorSettings:

@@ -124,7 +124,8 @@ def attention_weights(
     hidden: Bool[Tensor, "#batch #heads #queries tokens"] | None,
 ) -> Float[Tensor, "batch heads queries tokens"]:
     """How much each query looks at each token, before dropout, float32; rows sum to 1."""
-    scores = queries.float() @ keys.float().transpose(-1, -2) / math.sqrt(queries.shape[-1])
+    with torch.autocast(queries.device.type, enabled=False):
+        scores = queries.float() @ keys.float().transpose(-1, -2) / math.sqrt(queries.shape[-1])
     if hidden is not None:
         scores = scores.masked_fill(hidden, -math.inf)
     return scores.softmax(-1)

@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(shape, first=n == 0) for n in range(num_layers))
         self.norm = nn.LayerNorm(shape.dim) if shape.sampling is None else nn.Identity()
-        self.positions = query_positions(positions, shape.dim)
+        self.positions = query_positions(positions, shape.dim, num_layers)
 
     def forward(
         self,
@@ -181,7 +181,7 @@ class DecoderLayer(nn.Module):
         content = self.norm1.after(content + self.dropout(looked))
 
         searching = self.norm2.before(content)
-        looked, seen = self._look(searching, place, reference, memory, record != "nothing")
+        looked, seen = self._look(searching, place, reference, memory, record)
         content = self.norm2.after(content + self.dropout(looked))
 
         thought = self.feedforward(self.norm3.before(content))
@@ -197,7 +197,7 @@ class DecoderLayer(nn.Module):
         place: QueryPlace,
         reference: Tensor | None,
         memory: DenseView | SampledView,
-        record: bool,
+        record: Record,
     ) -> tuple[Tensor, Tensor | SampledAttention | None]:
         """What the queries take from the memory and, if recorded, where from."""
         attention = self.cross_attention
@@ -209,7 +209,11 @@ class DecoderLayer(nn.Module):
                 references = in_every_level(reference, memory.valid_ratios)
                 shapes = memory.spatial_shapes
                 looked = attention(queries, references, memory.values, shapes)
-                return looked, attention.looked_at(queries, references, shapes) if record else None
+                if record == "nothing":
+                    return looked, None
+                keep_graph = record == "all"
+                seen = attention.looked_at(queries, references, shapes, keep_graph=keep_graph)
+                return looked, seen
             case ConditionalCrossAttention():
                 assert place.sine is not None
                 queries = attention.project_queries(content, place.position, place.sine)
@@ -219,5 +223,6 @@ class DecoderLayer(nn.Module):
                 assert_never(attention)
         assert isinstance(memory, DenseView)
         looked = attention(queries, memory.keys, memory.values, memory.hidden)
-        seen = attention_weights(queries, memory.keys, memory.hidden) if record else None
-        return looked, seen
+        if record == "nothing":
+            return looked, None
+        return looked, attention_weights(queries, memory.keys, memory.hidden)

@@ -52,16 +52,19 @@ class DeformableAttention(nn.Module):
         projected: Tensor = self.output_proj(sampled)
         return projected
 
-    @torch.no_grad()
     def looked_at(
         self,
         queries: Float[Tensor, "batch queries dim"],
         references: Float[Tensor, "batch queries levels coordinates"],
         spatial_shapes: tuple[tuple[int, int], ...],
+        *,
+        keep_graph: bool = False,
     ) -> SampledAttention:
-        """Where these queries look, float32 and without a graph."""
-        offsets, logits = self._looks(queries)
-        return SampledAttention(*locations_and_weights(spatial_shapes, references, offsets, logits))
+        """Where these queries look, float32; without a graph unless it is asked for."""
+        with torch.set_grad_enabled(keep_graph and torch.is_grad_enabled()):
+            offsets, logits = self._looks(queries)
+            looked = locations_and_weights(spatial_shapes, references, offsets, logits)
+        return SampledAttention(*looked)
 
     def _looks(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Offsets in cells (heads, levels, points, 2) and logits (heads, levels, points)."""

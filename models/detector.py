@@ -3,11 +3,11 @@
 DETR (Carion et al., ECCV 2020), Conditional DETR (Meng et al., ICCV 2021), DAB-DETR (Liu et al.,
 ICLR 2022), Deformable DETR (Zhu et al., ICLR 2021) and Sparse DETR (Roh et al., ICLR 2022) in one
 architecture: `encode` turns pictures into a memory, `decode` lets groups of queries read it with
-shared weights. UP-DETR adds its patches to the queries outside
-(`models.patch_queries`); nothing here knows of them.
+shared weights. UP-DETR adds its patches to the queries outside (`models.patch_queries`).
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -82,13 +82,17 @@ class Detector(nn.Module):
         initialise(self, generator)
         begin(self, settings, generator)
 
-    def forward(self, images: Images, record: Record = "nothing") -> DetectorOutput:
+    def forward(
+        self, images: Images, record: Record = "nothing", adopted: QueryGroup | None = None
+    ) -> DetectorOutput:
         """What the object queries find, and with `record` where each layer and head looked.
 
         Where a scoring network learns, training records the attention to the memory anyhow.
+        `adopted` is a second group, of a teacher's queries (`models.query_exchange`).
         """
         memory = self.encode(images)
-        return self.decode(memory, (self.query_group(memory),), record)
+        others = () if adopted is None else (self._adopted(adopted),)
+        return self.decode(memory, (self.query_group(memory), *others), record)
 
     def encode(self, images: Images) -> Memory:
         """The pictures as tokens."""
@@ -157,6 +161,13 @@ class Detector(nn.Module):
         assert self.proposal_queries is not None
         best = best_proposals(self.proposal_scores(memory.proposals), self.settings.num_queries)
         return queries_of(best, memory.proposals, memory.tokens, self.proposal_queries)
+
+    def _adopted(self, group: QueryGroup) -> QueryGroup:
+        """With this detector's points where the group has none."""
+        if group.reference is not None or self.reference_points is None:
+            return group
+        assert group.position is not None
+        return replace(group, reference=self.references_of(group.position))
 
     def learned_queries(self) -> LearnedQueries:
         """The queries that are parameters; ValueError for a two-stage detector, without any."""

@@ -23,6 +23,7 @@ from models.matching import (
     MatchingCosts,
     decoder_places,
     match_all,
+    with_layers,
 )
 from models.set_sums import (
     ClassLoss,
@@ -103,6 +104,7 @@ def set_losses(
     reconstruction: Reconstruction | None = None,
     share: Share | None = None,
     blank: bool = False,
+    assigned: Mapping[int, Matching] | None = None,
 ) -> Losses:
     """The loss of one query group, and every term by name.
 
@@ -111,11 +113,14 @@ def set_losses(
     says of what: all terms are then this part's shares of those of the whole batch. A `blank` part
     adds nothing to any of them, though its graph is complete. `class_error` (percent),
     `cardinality_error` and `unmatched_targets` (those beyond the number of queries) are logged
-    only. UnmatchableError as in `match`.
+    only. `assigned` are the pairs of layers, each a matching of one layer, that are not matched for
+    themselves. UnmatchableError as in `match`.
     """
     decoder = decoder_layers(group, targets, reconstruction)
     share = share or Share(counts_of(targets, decoder.num_queries, blank=blank))
-    return supervised_losses((decoder,), targets, weights, costs, class_scores, share, blank=blank)
+    return supervised_losses(
+        (decoder,), targets, weights, costs, class_scores, share, blank=blank, assigned=assigned
+    )
 
 
 def decoder_layers(
@@ -143,15 +148,18 @@ def supervised_losses(
     *,
     blank: bool = False,
     scoring: Float[Tensor, " batch"] | None = None,
+    assigned: Mapping[int, Matching] | None = None,
 ) -> Losses:
     """The weighted sum of all terms; the first of `supervised` is the decoder's.
 
-    `scoring` is the loss of each picture's token scores (`models.selection_losses`).
+    `scoring` is the loss of each picture's token scores (`models.selection_losses`), `assigned` as
+    in `set_losses`.
     """
     decoder = supervised[0].candidates
     counted = 0.0 if blank else 1.0
     with torch.autocast(decoder.logits.device.type, enabled=False):
-        matchings = match_all([each.candidates for each in supervised], costs, class_scores)
+        own, *of_tokens = match_all([each.candidates for each in supervised], costs, class_scores)
+        matchings = (with_layers(own, assigned or {}), *of_tokens)
         class_loss = weights.class_loss(class_scores)
         weight_of = _weights_by_name(weights)
         weighted: list[Tensor] = []

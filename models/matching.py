@@ -7,8 +7,8 @@ about 0.2 ms per layer of 32 pictures with 10 targets. Class costs of sigmoid sc
 DETR's (Zhu et al., ICLR 2021, 4.2), the focal loss of yes less that of no.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Self, assert_never
 
 import numpy as np
@@ -87,6 +87,20 @@ class Matching:
     def by_layer(self, values: Float[Tensor, " pairs"]) -> Float[Tensor, " layers"]:
         """The sum of one value per pair over the pairs of each layer."""
         return values.view(self.num_layers, self.pairs_per_layer).sum(1)
+
+
+def with_layers(matching: Matching, others: Mapping[int, Matching]) -> Matching:
+    """The same with the pairs of some layers replaced by those of matchings of one layer each.
+
+    These must have as many pairs, as they do for as many queries and the same targets.
+    """
+    columns = torch.stack((matching.picture, matching.query, matching.target))
+    parts = list(columns.view(3, matching.num_layers, matching.pairs_per_layer).unbind(1))
+    for layer, other in others.items():
+        if other.pairs_per_layer:
+            parts[layer] = torch.stack((other.picture, other.query, other.target))
+    picture, query, target = torch.cat(parts, dim=1)
+    return replace(matching, picture=picture, query=query, target=target)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ What it searches for, the pooled CNN feature of the patch, is projected and adde
 vector; queries of different patches do not see each other. Costs one more run of the CNN, on the
 patches (36 % of its FLOPs at 10 patches of 128 pixels, measured).
 
-Deformable decoders (Zhu et al., ICLR 2021; Sparse DETR) are ours, no paper has them. There the
-patch is added to the content instead, and the reference point stays that of the learned vector:
+Deformable, conditional and anchor decoders (Zhu et al., ICLR 2021; Sparse, Conditional and DAB-
+DETR) are ours, no paper has them. There the patch is added to the content instead, and the
+reference point or anchor stays the learned one. In conditional decoders content is compared with
+content, place with place; in deformable ones:
 
 - Dense attention compares query and keys, so that a position vector can find its patch. Deformable
   attention compares nothing: offsets and weights are linear in the query. A patch in the position
@@ -105,6 +107,16 @@ def queries_per_patch(num_queries: int, num_patches: int) -> int:
     return num_queries // num_patches
 
 
+def check_patterns(settings: DetectorSettings, patches: QueryPatches) -> None:
+    """Raises ValueError where each patch would be searched for from some patterns alone."""
+    if settings.num_patterns and patches.num_patches > 1:
+        raise ValueError(
+            f"num_patterns={settings.num_patterns} with num_patches={patches.num_patches} ties "
+            "patches to patterns; use num_patterns=0 here, and patterns when the transformer is "
+            "finetuned"
+        )
+
+
 def draw_patch_queries(
     settings: QueryPatches, num_queries: int, batch: int, generator: torch.Generator
 ) -> PatchDraws:
@@ -140,12 +152,7 @@ class PatchDetector(nn.Module):
     ) -> None:
         super().__init__()
         self.patches = patches
-        if settings.num_patterns and patches.num_patches > 1:
-            raise ValueError(
-                f"num_patterns={settings.num_patterns}, num_patches={patches.num_patches} would "
-                "tie patches to patterns; use num_patterns=0 here, and patterns when the "
-                "transformer is finetuned"
-            )
+        check_patterns(settings, patches)
         self.num_queries = settings.total_queries
         self.queries_per_patch = queries_per_patch(self.num_queries, patches.num_patches)
         self.detector = Detector(settings, generator)

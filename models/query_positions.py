@@ -54,10 +54,10 @@ class GivenPositions(nn.Module):
 class ConditionalPositions(nn.Module):
     """The group's vectors, and the sines of its points beside them."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, num_layers: int) -> None:
         super().__init__()
         self.dim = dim
-        self.scale = Perceptron(dim, dim, dim, num_layers=2)
+        self.scale = _scale(dim, num_layers)
 
     def forward(
         self,
@@ -73,10 +73,10 @@ class ConditionalPositions(nn.Module):
 class AnchorPositions(nn.Module):
     """Position, spatial query and its reach, all of a box."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, num_layers: int) -> None:
         super().__init__()
         self.dim = dim
-        self.scale = Perceptron(dim, dim, dim, num_layers=2)
+        self.scale = _scale(dim, num_layers)
         self.coder = Perceptron(2 * dim, dim, dim, num_layers=2)
         self.sides = Perceptron(dim, dim, 2, num_layers=2)
 
@@ -104,15 +104,15 @@ class AnchorPositions(nn.Module):
 Positions = GivenPositions | ConditionalPositions | AnchorPositions
 
 
-def query_positions(kind: PositionKind, dim: int) -> Positions:
+def query_positions(kind: PositionKind, dim: int, num_layers: int) -> Positions:
     """The policy of a decoder of `dim` channels."""
     match kind:
         case "given":
             return GivenPositions()
         case "conditional":
-            return ConditionalPositions(dim)
+            return ConditionalPositions(dim, num_layers)
         case "anchor":
-            return AnchorPositions(dim)
+            return AnchorPositions(dim, num_layers)
         case _:
             assert_never(kind)
 
@@ -195,8 +195,13 @@ def box_waves(
 def _scaled(
     sine: Float[Tensor, "batch queries dim"],
     content: Float[Tensor, "batch queries dim"],
-    scale: Perceptron,
+    scale: Perceptron | None,
     first: bool,
 ) -> Float[Tensor, "batch queries dim"]:
     """The sines times what contents say of each channel; in the first layer they say nothing."""
-    return sine if first else sine * scale(content)
+    return sine if first or scale is None else sine * scale(content)
+
+
+def _scale(dim: int, num_layers: int) -> Perceptron | None:
+    """Nothing in a decoder of one layer: no gradient would reach it, and DDP waits for each."""
+    return Perceptron(dim, dim, dim, num_layers=2) if num_layers > 1 else None

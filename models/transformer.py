@@ -97,7 +97,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(shape) for _ in range(num_layers))
         self.norm = nn.LayerNorm(shape.dim) if shape.pre_norm else nn.Identity()
         self.position_scale: Perceptron | None = None
-        if scales_positions:
+        if scales_positions and num_layers:
             self.position_scale = Perceptron(shape.dim, shape.dim, shape.dim, num_layers=2)
 
     def forward(

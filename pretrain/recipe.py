@@ -12,7 +12,7 @@ from models.detector_settings import DetectorSettings
 from models.interop.backbones import RANDOM_WEIGHTS
 from models.losses import LossWeights
 from models.matching import MatchingCosts
-from models.patch_queries import QueryPatches, queries_per_patch
+from models.patch_queries import QueryPatches, check_patterns, queries_per_patch
 from models.settings import Settings
 from training import run_recipe
 from training.recipe import load_recipe
@@ -66,6 +66,7 @@ class PretrainRecipe(RunRecipe):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        check_patterns(self.model, self.queries)
         queries_per_patch(self.model.num_queries, self.queries.num_patches)
         if self.model.num_classes is None or self.model.num_classes < 2:
             raise ValueError(

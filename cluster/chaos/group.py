@@ -197,7 +197,7 @@ def ended_of(notes: list[list[dict[str, Any]]], ending: Ending, log: Path) -> En
     return Ended(
         workers=len(notes),
         ending=ending,
-        step=min(steps) if ending == "finished" else None,
+        step=min(steps, default=None) if ending == "finished" else None,
         notes=tuple(tuple(_batches(worker)) for worker in notes),
         begins=next(_pairs(notes[0], "begins"), None),
         saves=tuple(_pairs(notes[0], "saves")),

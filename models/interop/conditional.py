@@ -22,6 +22,8 @@ from models.position import TEMPERATURE
 
 _NAMES = (
     ("backbone.body.", ("backbone.0.body.",)),
+    ("learned_positions.rows.", ("backbone.1.row_embed.",)),
+    ("learned_positions.columns.", ("backbone.1.col_embed.",)),
     ("input_projection.", ("input_proj.",)),
     ("class_head.", ("class_embed.",)),
     ("encoder.position_scale.", ("transformer.encoder.query_scale.",)),
@@ -71,6 +73,7 @@ _LEFT_OUT = ("*.num_batches_tracked",)
 _PRETRAINING_ONLY = ("patch_projection.*", "reconstruction.*")
 _LINEAR_IN_NAME = "input_proj.weight"
 
+_SCALE = "transformer.decoder.query_scale."
 _MARK = "transformer.decoder.layers.0.sa_qcontent_proj.weight"
 _DECODER = "transformer.decoder.layers.{}.linear1.weight"
 _ENCODER = "transformer.encoder.layers.{}.linear1.weight"
@@ -123,7 +126,7 @@ def from_conditional(
     return without_copies(
         tensors,
         lambda theirs: our_name(theirs, anchors=anchors),
-        left_out=_LEFT_OUT,
+        left_out=(*_LEFT_OUT, *_without_use(tensors)),
         source=source,
     )
 
@@ -194,7 +197,9 @@ def conditional_settings(
     if not isinstance(dilation, bool):
         dilation = False
         guessed.append("backbone.dilation")
-    if anchors and not _temperatures(told):
+    learned = "backbone.1.row_embed.weight" in tensors
+    waves = anchors and not learned
+    if waves and not _temperatures(told):
         guessed.append("position_temperature")
     backbone = BackboneSettings(
         name=resnet_name(tensors, source), dilation=dilation, weights=source, train=train_backbone
@@ -212,7 +217,8 @@ def conditional_settings(
         decoder_attention="conditional",
         query_kind="anchor" if anchors else "position",
         num_patterns=0 if patterns is None else len(patterns),
-        position_temperature=_temperature(told, source) if anchors else TEMPERATURE,
+        position="learned" if learned else "sine",
+        position_temperature=_temperature(told, source) if waves else TEMPERATURE,
         scale_positions="transformer.encoder.query_scale.layers.0.weight" in tensors,
         activation="prelu"
         if "transformer.decoder.layers.0.activation.weight" in tensors
@@ -232,9 +238,15 @@ def _has_anchors(tensors: Mapping[str, Tensor]) -> bool:
     return "refpoint_embed.weight" in tensors
 
 
+def _without_use(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """A decoder of one layer never scales sines; the public code has the weights all the same."""
+    return (f"{_SCALE}*",) if count_layers(tensors, _DECODER) == 1 else ()
+
+
 def _check_whole(tensors: Mapping[str, Tensor], anchors: bool, source: str) -> None:
-    scale = "transformer.decoder.query_scale.layers.0.weight"
-    needed = [scale, _DECODER.format(0), "transformer.decoder.norm.weight", "class_embed.weight"]
+    needed = [_DECODER.format(0), "transformer.decoder.norm.weight", "class_embed.weight"]
+    if count_layers(tensors, _DECODER) > 1:
+        needed.append(f"{_SCALE}layers.0.weight")
     if anchors:
         needed.append("transformer.decoder.ref_anchor_head.layers.0.weight")
     else:
@@ -269,7 +281,6 @@ def _refuse_nameless(settings: DetectorSettings) -> None:
         (settings.encoder_attention == "deformable", "encoder_attention=deformable"),
         (settings.rho is not None, f"rho={settings.rho}"),
         (settings.class_scores == "softmax", "class_scores=softmax"),
-        (settings.position == "learned", "position=learned"),
         (
             not settings.backbone.name.startswith("resnet"),
             f"backbone.name={settings.backbone.name}",

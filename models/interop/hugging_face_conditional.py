@@ -85,7 +85,8 @@ def is_hugging_face_conditional(tensors: Mapping[str, Tensor]) -> bool:
 def from_hugging_face_conditional(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the names of a Detector, q, k and v joined; unknown names stay.
 
-    Their decoder's copy of the box head, which only older files hold, is left out.
+    Left out: their decoder's copy of the box head, which only older files hold; of a decoder of one
+    layer what would scale its sines.
     """
     anchors = _has_anchors(tensors)
     named = {
@@ -93,6 +94,8 @@ def from_hugging_face_conditional(tensors: Mapping[str, Tensor]) -> dict[str, Te
         for theirs, tensor in tensors.items()
         if not theirs.startswith(_ALIAS)
     }
+    if not any(name.startswith("decoder.layers.1.") for name in named):
+        named = {n: t for n, t in named.items() if not n.startswith("decoder.positions.scale.")}
     return joined_projections(named)
 
 

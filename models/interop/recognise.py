@@ -128,7 +128,7 @@ def _our_panoptic_name(theirs: str) -> str:
 def _hugging_face(
     ours: Mapping[str, Tensor], config: Mapping[str, object] | None, source: str
 ) -> Artefact:
-    conditional = "decoder.positions.scale.layers.0.weight" in ours
+    conditional = "decoder.layers.0.self_attention.query_content.weight" in ours
     read = hugging_face_conditional_settings if conditional else hugging_face_settings
     settings = read(ours, config or {}, source=source)
     assert settings.num_classes is not None

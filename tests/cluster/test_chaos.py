@@ -33,6 +33,7 @@ from cluster.chaos.schedule import (
     schedule_lines,
 )
 from cluster.chaos.store import ChaosFileSystem, Weather
+from cluster.chaos.through_ray import _ended
 from training.run_folder import Patience, StoreError, open_run_folder
 from training.snapshot import Position, Snapshot
 
@@ -76,6 +77,19 @@ def test_only_who_was_cut_off_as_long_as_a_lease_lives_and_gave_way_may_be_follo
     attempt = Attempt(1, faults=(Rival(0), StoreAway(2, away_s)))
     assert taken_over(attempt, ended) is allowed
     assert not taken_over(Attempt(1, faults=(Rival(0),)), ended)
+
+
+def test_what_became_of_a_job_is_told_by_the_notes_of_each_start_of_its_workers(
+    tmp_path: Path,
+) -> None:
+    note = '{"step": %d, "keys": [], "skipped": [], "at": 1.0}'
+    for start, steps in (("start-1", range(3)), ("start-2", range(2, 6))):
+        (tmp_path / start).mkdir()
+        (tmp_path / start / "rank-0.jsonl").write_text("\n".join(note % step for step in steps))
+    starts = sorted(tmp_path.iterdir())
+    first, last = _ended(starts, 0, Path("log.txt"), 6)
+    assert (first.ending, first.step) == ("lost", None)
+    assert (last.ending, last.step) == ("finished", 6)
 
 
 @pytest.fixture

@@ -1,4 +1,21 @@
-"""What makes the small finetuning run one of Deformable or of Sparse DETR."""
+"""What makes the small finetuning run one of a descendant of DETR."""
+
+CONDITIONAL = (
+    "model.decoder_attention=conditional",
+    "model.pre_norm=false",
+    "model.class_scores=sigmoid",
+    "costs.classes=2",
+    "losses.classes=2",
+)
+ANCHORS = (
+    *CONDITIONAL,
+    "model.query_kind=anchor",
+    "model.position_temperature=20",
+    "model.scale_positions=true",
+    "model.activation=prelu",
+    "model.dropout=0",
+    "losses.classes=1",
+)
 
 DEFORMABLE = (
     "model.encoder_attention=deformable",

@@ -30,6 +30,11 @@ DEFORMABLE = {
     "num_queries": 6,
     "class_scores": "sigmoid",
 }
+CONDITIONAL = {
+    "encoder_attention": "dense",
+    "decoder_attention": "conditional",
+    "feature_levels": 1,
+}
 ATTENTION = {"encoder_attention": "deformable", "decoder_attention": "deformable"}
 TWO_STAGE = {**ATTENTION, "two_stage": True, "box_refinement": True, "num_queries": 9}
 SPARSE = {
@@ -227,6 +232,29 @@ def test_what_the_transformer_is_made_of_must_agree(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="two_stage=true begins with boxes") as caught:
         resolve_model(recipe(box_refinement=False), two_stage, COLOURS)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [4, 9])
+def test_points_and_anchors_go_over_in_any_number(tmp_path: Path, count: int) -> None:
+    """What transformers' issue 28865 asks for: other query counts gave NaN, or a crash, there."""
+    anchors = {**CONDITIONAL, "query_kind": "anchor", "num_patterns": 2}
+    source, theirs = finished(tmp_path, COLOURS, **anchors)
+    asked = recipe(decoder_attention="conditional", num_queries=count, num_patterns=0)
+    detector, report = initial_detector(asked, source, COLOURS, seed=5)
+    known = min(count, 6)
+    ours = detector.state_dict()["queries.weight"]
+    assert len(ours) == count
+    assert torch.equal(ours[:known], theirs.state_dict()["queries.weight"][:known])
+    assert f"queries: the first {known} of the file's 6" in " ".join(report.notes)
+    assert "left out: the patterns" in report.notes
+    assert detector.settings.total_queries == count
+
+
+def test_no_part_of_a_dense_decoder_becomes_a_conditional_one(tmp_path: Path) -> None:
+    dense = {"encoder_attention": "dense", "decoder_attention": "dense", "feature_levels": 1}
+    source, _ = finished(tmp_path, COLOURS, **dense)
+    with pytest.raises(WeightsError, match=r"other queries or attention.*from_scratch=true"):
+        resolve_model(recipe(decoder_attention="conditional"), source, COLOURS)
 
 
 def test_resolving_a_choice_twice_changes_nothing(tmp_path: Path) -> None:

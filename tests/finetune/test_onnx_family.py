@@ -1,4 +1,4 @@
-"""ONNX of Deformable and Sparse DETR says what torch says, on a real picture too."""
+"""ONNX of DAB-DETR, Deformable and Sparse DETR says what torch says, on a real picture too."""
 
 from pathlib import Path
 
@@ -11,14 +11,18 @@ from finetune.export import export
 from models.artefact import Provenance, artefact_metadata
 from models.detector import Detector
 from tests.finetune.small_detector import CLASSES, INPUT
-from tests.finetune.test_family_transfer import SPARSE, settings_of
+from tests.finetune.test_family_transfer import CONDITIONAL, SPARSE, settings_of
 
 PICTURE = "VOCdevkit/VOC2012/JPEGImages/2008_000009.jpg"
 
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("given", [{}, SPARSE], ids=["learned queries", "sparse and two-stage"])
+@pytest.mark.parametrize(
+    "given",
+    [{}, SPARSE, CONDITIONAL | {"query_kind": "anchor", "num_patterns": 2}],
+    ids=["learned queries", "sparse and two-stage", "anchors"],
+)
 def test_the_family_is_exported_and_compared_on_a_real_picture(
     given: dict[str, object], shared_data: Path, tmp_path: Path
 ) -> None:

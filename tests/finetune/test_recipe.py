@@ -22,17 +22,24 @@ DEFORMABLE = (
     "voc_sparse_r50", "sparse_tiny_cpu",
 )  # fmt: skip
 """Of Deformable and Sparse DETR, the same."""
+CONDITIONAL = (
+    "coco_conditional_r50", "coco_conditional_r50_12ep", "voc_conditional_r50",
+    "conditional_tiny_cpu", "coco_dab_r50", "coco_dab_r50_12ep", "voc_dab_r50", "dab_tiny_cpu",
+    "d3etr_tiny_cpu",
+)  # fmt: skip
+"""Of Conditional DETR and DAB-DETR, the same."""
 WITHOUT_TWIN = (
     "coco_panoptic_masks",
     "coco_deformable_r50_dc5_scratch",
     "coco_deformable_r50_single_scale_scratch",
+    *("coco_d3etr_r50_scratch", "coco_d3etr_r50_12ep_scratch", "coco_d3etr_r18_12ep_scratch"),
 )
 """A mask head is never trained on anything but a finished detector; how many maps a pretrained
-transformer reads is its own affair.
+transformer reads is its own affair; any recipe takes a teacher.
 """
 ASKED = {
     *("encoder_attention", "decoder_attention", "class_scores", "box_refinement", "two_stage"),
-    *("num_queries", "proposal_content", "proposal_classes", "rho", "selection"),
+    *("num_queries", "query_kind", "proposal_content", "proposal_classes", "rho", "selection"),
 }
 """How a pretrained transformer is asked."""
 LOW_LABEL = ("coco_low_label", "voc_few")
@@ -48,13 +55,15 @@ def from_scratch(name: str, *overrides: str) -> FinetuneRecipe:
 
 
 def loaded(name: str, *overrides: str) -> FinetuneRecipe:
+    if "d3etr" in name:
+        overrides = ("distill.teacher=t", *overrides)
     recipe = recipe_of("finetune", name, overrides)
     assert isinstance(recipe, FinetuneRecipe)
     return recipe
 
 
 def test_these_recipes_are_shipped() -> None:
-    pairs = (*NAMES, *DEFORMABLE)
+    pairs = (*NAMES, *DEFORMABLE, *CONDITIONAL)
     twins = sorted([*pairs, *WITHOUT_TWIN, *(f"{name}_scratch" for name in pairs)])
     assert sorted(shipped_recipes(RECIPES)) == twins
     assert {f"finetune/{name}" for name in twins} <= list_recipes().keys()
@@ -70,7 +79,7 @@ def test_the_header_of_a_recipe_says_hardware_time_result_and_command(name: str)
     assert ("init=" in header) != name.endswith("_scratch")
 
 
-@pytest.mark.parametrize("name", [*NAMES, *DEFORMABLE])
+@pytest.mark.parametrize("name", [*NAMES, *DEFORMABLE, *CONDITIONAL])
 def test_a_twin_from_scratch_differs_in_weights_and_architecture_alone(name: str) -> None:
     ours, theirs = pretrained(name).model_dump(), from_scratch(name).model_dump()
     differing = {key for key in ours if ours[key] != theirs[key]}
@@ -87,14 +96,14 @@ def test_the_architecture_of_a_pretrained_one_is_left_to_its_weights(name: str) 
     assert model.backbone.weights is None
 
 
-@pytest.mark.parametrize("name", DEFORMABLE)
-def test_a_deformable_recipe_says_how_the_transformer_is_asked_and_not_what_it_is(
+@pytest.mark.parametrize("name", [*DEFORMABLE, *CONDITIONAL])
+def test_a_recipe_of_its_descendants_says_how_the_transformer_is_asked_and_not_what_it_is(
     name: str,
 ) -> None:
     model, twin = pretrained(name).model, from_scratch(name).model
     assert model.model_fields_set <= {"backbone", "dropout", *ASKED}
     assert model.backbone.model_fields_set <= {"train", "weights"}
-    assert (model.encoder_attention, model.class_scores) == ("deformable", "sigmoid")
+    assert (model.decoder_attention != "dense", model.class_scores) == (True, "sigmoid")
     for key in model.model_fields_set - {"backbone"}:
         assert getattr(model, key) == getattr(twin, key)
 
@@ -120,6 +129,24 @@ def test_recipes_of_deformable_and_sparse_detr_are_those_of_the_public_code() ->
             assert (model.two_stage, model.selection.encoder_auxiliary) == (True, True)
     dc5 = loaded("coco_deformable_r50_dc5_scratch", *SAID, "model.backbone.weights=w").model
     assert (dc5.feature_levels, dc5.backbone.dilation) == (1, True)
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_recipes_of_conditional_and_dab_detr_are_those_of_the_public_code(name: str) -> None:
+    recipe, anchors = from_scratch(name), "dab" in name
+    model, losses = recipe.model, recipe.losses
+    assert (losses.classes, losses.boxes_l1, losses.giou) == (1 if anchors else 2, 5, 2)
+    assert (recipe.costs.classes, recipe.costs.boxes_l1, recipe.costs.giou) == (2, 5, 2)
+    assert (model.query_kind == "anchor", model.activation == "prelu") == (anchors, anchors)
+    assert (model.position_temperature == 20, model.scale_positions) == (anchors, anchors)
+    if name.endswith("tiny_cpu"):
+        return
+    assert (model.dropout, model.num_queries) == (0.0 if anchors else 0.1, 300)
+    rates = recipe.optimiser
+    assert (rates.lr, rates.backbone_lr, rates.weight_decay) == (1e-4, 1e-5, 1e-4)
+    assert (rates.clip_norm, recipe.global_batch) == (0.1, 16)
+    length = (12, (11,)) if name.endswith("12ep") else (50, (40,))
+    assert (recipe.loop.epochs, recipe.schedule.drop_at) == length
 
 
 @pytest.mark.parametrize("name", [*LOW_LABEL, *(f"{name}_scratch" for name in LOW_LABEL)])
@@ -214,3 +241,28 @@ def test_every_free_key_is_a_key_of_the_recipe() -> None:
 def test_a_refused_value_is_named_with_its_key() -> None:
     with pytest.raises(RecipeError, match=r"^data\.difficult=\"ignore\": should be 'keep' or"):
         pretrained("voc_r50", "data.difficult=ignore")
+
+
+def test_a_teacher_is_the_users_to_name_and_of_detectors_alone() -> None:
+    with pytest.raises(RecipeError, match=r"distill\.teacher: missing"):
+        recipe_of("finetune", "d3etr_tiny_cpu", (*SAID, "init=w"))
+    taught = pretrained("voc_r50", "distill.teacher=runs/t")
+    assert taught.distill is not None
+    assert with_absolute_paths(taught).distill.teacher.endswith("/runs/t")  # type: ignore[union-attr]
+    with pytest.raises(RecipeError, match=r"task=panoptic: only detectors of all classes learn"):
+        pretrained("coco_panoptic_masks", "distill.teacher=runs/t")
+    with pytest.raises(RecipeError, match="learn nothing from the teacher"):
+        pretrained("d3etr_tiny_cpu", "distill.adaptive=false", "distill.fixed=false")
+
+
+def test_recipes_of_d3etr_are_conditional_detrs_with_the_authors_schedules() -> None:
+    for name, epochs, drop in (
+        ("coco_d3etr_r50_12ep", 12, 11),
+        ("coco_d3etr_r18_12ep", 12, 11),
+        ("coco_d3etr_r50", 50, 40),
+    ):  # fmt: skip
+        recipe = from_scratch(name)
+        assert (recipe.loop.epochs, recipe.schedule.drop_at) == (epochs, (drop,))
+        assert recipe.model.decoder_attention == "conditional"
+        assert recipe.distill is not None
+        assert (recipe.distill.of_self, recipe.distill.of_cross) == (33, 1)

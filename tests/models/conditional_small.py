@@ -1,9 +1,13 @@
 """Small Conditional DETRs and DAB-DETRs, and a memory that their tests decode."""
 
+import copy
+import functools
+
 import torch
 from torch import Tensor
 
 from models.detector import Detector
+from models.detector_settings import DetectorSettings
 from models.structures import Memory
 from tests.models.test_detector import settings
 
@@ -20,13 +24,20 @@ PATTERNS = ANCHORS | {"num_patterns": 2}
 
 def drawn(kind: dict[str, object], *, noise: float = 0.0, **changes: object) -> Detector:
     """A detector of 16 channels in eval mode; `noise` moves every weight off its first value."""
+    model = copy.deepcopy(_first(settings(**(kind | changes)).model_dump_json()))
     generator = torch.Generator().manual_seed(5)
-    model = Detector(settings(**(kind | changes)), generator).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if not name.startswith("backbone."):
                 weight.add_(noise * torch.randn(weight.shape, generator=generator))
     return model
+
+
+@functools.cache
+def _first(chosen: str) -> Detector:
+    """Drawn once for all tests: most of a small detector is a ResNet-18."""
+    read = DetectorSettings.model_validate_json(chosen)
+    return Detector(read, torch.Generator().manual_seed(0)).eval()
 
 
 def memory(batch: int = 2, tokens: int = 5) -> Memory:

@@ -80,17 +80,18 @@ def test_the_code_of_a_box_is_y_then_x_then_its_sides() -> None:
 
 
 def test_contents_scale_the_sines_in_all_layers_but_the_first() -> None:
-    positions = ConditionalPositions(8)
+    positions = ConditionalPositions(8, num_layers=2)
     content, points = normal(1, 3, 8), torch.rand(1, 3, 2)
     plain = box_waves(points, 8)
     torch.testing.assert_close(positions(content, points, first=True), plain)
     scaled = positions(content, points, first=False)
+    assert positions.scale is not None
     torch.testing.assert_close(scaled, plain * positions.scale(content))
 
 
 def test_a_wide_anchor_looks_wider_than_a_narrow_one() -> None:
     """DAB-DETR, equation 8: x by the asked width over the anchor's, y by the heights."""
-    positions = AnchorPositions(8)
+    positions = AnchorPositions(8, num_layers=2)
     content = normal(1, 1, 8)
     anchor = torch.tensor([[[0.3, 0.6, 0.2, 0.4]]])
     sine = positions(content, anchor, first=True).sine
@@ -224,6 +225,18 @@ def test_tokens_scale_their_positions_by_what_they_have_become() -> None:
         moved = copy.deepcopy(plain.encode(pictures).position)
         assert not torch.allclose(model.encode(pictures).tokens, plain.encode(pictures).tokens)
         assert torch.equal(model.encode(pictures).position, moved)
+
+
+@KINDS
+@pytest.mark.parametrize("layers", [1, 2])
+def test_every_trained_part_gets_a_gradient(kind: dict[str, object], layers: int) -> None:
+    """DDP waits for the gradient of each; with one decoder layer nothing scales the sines."""
+    model = drawn(kind, noise=0.1, decoder_layers=layers).train()
+    said = model(images((64, 96))).groups[0].layers
+    total = torch.stack([layer.logits.sum() + layer.boxes.sum() for layer in said]).sum()
+    torch.autograd.backward(total)
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    assert [name for name, each in trained.items() if each.grad is None] == []
 
 
 def test_reference_points_of_conditional_attention_learn_at_the_full_rate() -> None:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.detector import Detector
 from models.detector_settings import DetectorSettings
 from models.flops import NORMALISATIONS, MultiplyAdds, count_flops
+from tests.models.conditional_small import ANCHORS, CONDITIONAL
 from tests.models.deformable_small import OBJECTNESS, SPARSE, TWO_STAGE, drawn
 from tests.models.test_detector import images
 
@@ -82,6 +83,31 @@ def test_detr_costs_what_is_published() -> None:
     found = published("resnet50", {})
     assert found.total / 1e9 == pytest.approx(86, rel=0.015)
     assert found.encoder_values == found.encoder_sampling == found.proposals == found.scoring == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters", "encoder", "decoder"),
+    [(CONDITIONAL, 43_418_401, 11.66, 6.44), (ANCHORS, 43_671_517, 12.49, 7.13)],
+    ids=["conditional", "anchors"],
+)
+def test_conditional_and_dab_detr_have_the_parameters_and_costs_of_the_public_code(
+    kind: dict[str, Any], parameters: int, encoder: float, decoder: float
+) -> None:
+    """At 800x1333, from the modules of the public code; the decoder with its heads.
+
+    Published are 44 M for both, 90 G and 94 G with smaller pictures.
+    """
+    made = kind | {
+        "backbone": {"name": "resnet50", "weights": "random"},
+        "num_classes": 91,
+        "num_queries": 300,
+    }
+    model = Detector(DetectorSettings.model_validate(made), torch.Generator().manual_seed(0))
+    assert sum(part.numel() for part in model.parameters()) == parameters
+    found = count_flops(model, 800, 1333)
+    assert found.encoder / 1e9 == pytest.approx(encoder, abs=0.01)
+    assert (found.decoder + found.heads) / 1e9 == pytest.approx(decoder, abs=0.01)
+    assert found.backbone / 1e9 == pytest.approx(87.3, abs=0.1)
 
 
 @pytest.mark.parametrize("kind", [{}, TWO_STAGE, SPARSE, OBJECTNESS])

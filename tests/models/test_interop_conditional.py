@@ -30,7 +30,10 @@ from tests.models.test_detector import images
 from tests.models.test_hugging_face import RESNET18, SMALL, said_by_theirs
 
 MANIFESTS = Path(__file__).parents[1] / "parity" / "manifests"
-KINDS = pytest.mark.parametrize("kind", [CONDITIONAL, PATTERNS], ids=["conditional", "anchors"])
+LEARNED = CONDITIONAL | {"position": "learned"}
+KINDS = pytest.mark.parametrize(
+    "kind", [CONDITIONAL, LEARNED, PATTERNS], ids=["conditional", "learned positions", "anchors"]
+)
 ALIAS = "transformer.decoder.bbox_embed.layers.0.weight"
 
 
@@ -90,6 +93,17 @@ def test_what_we_write_for_the_public_code_comes_back_as_it_was(kind: dict[str, 
     assert bool(report.notes) == ("query_kind" in kind)
 
 
+def test_a_decoder_of_one_layer_leaves_out_what_scales_the_sines_of_others() -> None:
+    model = drawn(CONDITIONAL, noise=0.1, num_heads=8, decoder_layers=1)
+    public = to_conditional_names(model.state_dict(), model.settings)
+    public |= {
+        f"transformer.decoder.query_scale.layers.{layer}.{kind}": torch.zeros(16)
+        for layer in (0, 1)
+        for kind in ("weight", "bias")
+    }
+    assert equal(rebuilt(recognise(public, {}, "file.pth")), said(model))
+
+
 def test_copies_of_the_box_head_must_agree() -> None:
     model = drawn(ANCHORS)
     public = to_conditional_names(model.state_dict(), model.settings)
@@ -144,8 +158,8 @@ def test_unknown_names_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("conditional", {}), ("anchors", {}), ("anchors", {"num_patterns": 2})],
-    ids=["conditional", "anchors", "patterns"],
+    [("conditional", {}), ("conditional", {"decoder_layers": 1}), ("anchors", {"num_patterns": 2})],
+    ids=["conditional", "one layer", "anchors"],
 )
 def test_what_transformers_saves_says_the_same_here(
     tmp_path: Path, kind: str, changes: dict[str, object]

@@ -12,6 +12,7 @@ from models.patch_queries import (
     draw_patch_queries,
     hidden_queries,
 )
+from tests.models.conditional_small import ANCHORS, CONDITIONAL, PATTERNS
 from tests.models.test_detector import images, settings
 
 DEFORMABLE = {
@@ -94,8 +95,8 @@ def test_a_patch_is_searched_by_its_own_queries_only() -> None:
     assert moved.tolist() == [False, False, True, True, False, False]
 
 
-@pytest.mark.parametrize("kind", [DEFORMABLE, SPARSE])
-def test_patch_groups_do_not_see_each_other_in_a_deformable_decoder(
+@pytest.mark.parametrize("kind", [DEFORMABLE, SPARSE, CONDITIONAL, ANCHORS])
+def test_patch_groups_do_not_see_each_other_in_any_decoder(
     kind: dict[str, object],
 ) -> None:
     built, blind = deformable(kind), deformable(kind, attention_mask=False)
@@ -118,8 +119,32 @@ def test_a_deformable_query_holds_its_patch_as_content_and_looks_where_it_always
     assert group.reference is not None
     assert learned.reference is not None
     for picture in range(2):
+        assert group.position is not None
+        assert learned.position is not None
         assert torch.equal(group.position[picture], learned.position)
         assert torch.equal(group.reference[picture], learned.reference)
+
+
+@pytest.mark.parametrize("kind", [CONDITIONAL, ANCHORS])
+def test_a_query_with_a_point_or_an_anchor_holds_its_patch_as_content(
+    kind: dict[str, object],
+) -> None:
+    built = deformable(kind)
+    learned = built.detector.learned_queries()
+    features = built.patch_features(patches())
+    group = built.query_group(features, None)
+    torch.testing.assert_close(group.content[1, 5], built.patch_projection(features[1, 2]))
+    assert (group.position is None) == (kind == ANCHORS)
+    assert group.reference is not None
+    assert learned.reference is not None
+    assert torch.equal(group.reference[1], learned.reference)
+
+
+def test_patterns_are_refused_where_patches_would_each_get_one_alone() -> None:
+    with pytest.raises(ValueError, match=r"num_patterns=2 with num_patches=3 .*num_patterns=0"):
+        deformable(PATTERNS)
+    built = deformable(PATTERNS, num_patches=1)
+    assert built.query_group(built.patch_features(patches(1)), None).content.shape[1] == 12
 
 
 def test_shuffling_moves_content_position_and_reference_of_a_query_together() -> None:
@@ -131,6 +156,8 @@ def test_shuffling_moves_content_position_and_reference_of_a_query_together() ->
     assert plain.reference is not None
     assert moved.reference is not None
     assert torch.equal(moved.content, plain.content[:, order])
+    assert plain.position is not None
+    assert moved.position is not None
     assert torch.equal(moved.position, plain.position[:, order])
     assert torch.equal(moved.reference, plain.reference[:, order])
 

@@ -15,7 +15,8 @@ from training.shipped_recipes import shipped_recipes
 
 SAID = ["run=r", "data.shards=s", "model.backbone.weights=w"]
 NAMES = (
-    "chaos_cpu", "deformable_tiny_cpu", "folder_r18", "imagenet_deformable_r50", "imagenet_r50",
+    "chaos_cpu", "conditional_tiny_cpu", "dab_tiny_cpu", "deformable_tiny_cpu", "folder_r18",
+    "imagenet_conditional_r50", "imagenet_dab_r50", "imagenet_deformable_r50", "imagenet_r50",
     "imagenet_r50_15ep", "imagenet_sparse_r50", "single_query", "sparse_tiny_cpu", "tiny_cpu",
 )  # fmt: skip
 
@@ -62,6 +63,19 @@ def test_the_imagenet_recipes_of_deformable_detectors_keep_to_their_published_nu
     assert model.rho == (0.3 if name == "imagenet_sparse_r50" else None)
 
 
+@pytest.mark.parametrize("name", ["conditional", "dab"])
+def test_the_imagenet_recipes_of_conditional_detectors_keep_to_their_published_numbers(
+    name: str,
+) -> None:
+    recipe = recipe_of(f"imagenet_{name}_r50", SAID)
+    model, anchors = recipe.model, name == "dab"
+    assert (recipe.optimiser.lr, recipe.costs.classes) == (1e-4, 2)
+    assert recipe.losses.classes == (1 if anchors else 2)
+    assert (model.num_queries, model.feedforward_dim, model.class_scores) == (300, 2048, "sigmoid")
+    assert (model.query_kind, model.dropout) == (("anchor", 0.0) if anchors else ("position", 0.1))
+    assert model.position_temperature == (20 if anchors else 10000)
+
+
 @pytest.mark.parametrize(
     ("name", "told", "complaint"),
     [
@@ -86,6 +100,7 @@ def test_the_imagenet_recipes_of_deformable_detectors_keep_to_their_published_nu
             r"criterion=random learns nothing here",
         ),
         ("imagenet_deformable_r50", "model.num_classes=1", r"num_classes=1 has no class 1"),
+        ("imagenet_dab_r50", "model.num_patterns=3", r"num_patterns=3 .*use num_patterns=0 here"),
     ],
 )
 def test_what_asks_tokens_for_patches_is_refused_with_the_way_out(
@@ -107,7 +122,7 @@ def test_a_recipe_without_run_and_shards_names_both_and_then_the_weights() -> No
 def test_an_unknown_recipe_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(
         RecipeError,
-        match=r"'imagnet' is neither a file nor one of chaos_cpu, deformable_tiny_cpu, ",
+        match=r"'imagnet' is neither a file nor one of chaos_cpu, conditional_tiny_cpu, ",
     ):
         recipe_of("imagnet", SAID)
 
