@@ -50,7 +50,7 @@ class DecodedLayer:
     self_attention: Float[Tensor, "batch heads queries queries"] | None = None
     cross_attention: Float[Tensor, "batch heads queries tokens"] | SampledAttention | None = None
     reference: Float[Tensor, "batch queries coordinates"] | None = None
-    """Where the layer looked around, in shares of the unpadded picture."""
+    """Where the layer looked around and its boxes begin, in shares of the unpadded picture."""
     boxes: Float[Tensor, "batch queries 4"] | None = None
     """boxes_cxcywh, where they are refined from layer to layer."""
 
@@ -79,8 +79,8 @@ class Decoder(nn.Module):
     ) -> tuple[tuple[DecodedLayer, ...], ...]:
         """The layers of each group, first layer first, each through the decoder's final norm.
 
-        With `box_heads`, one per layer, each layer's boxes are the references of the next, without
-        a gradient from there (iterative bounding box refinement, Deformable DETR, A.4).
+        With `box_heads`, one per layer, a layer's boxes are the references of the next (iterative
+        bounding box refinement, Deformable DETR, A.4; anchors, DAB-DETR, 4.3).
         """
         contents = [group.content for group in groups]
         references = [References(group.reference, group.reference) for group in groups]
