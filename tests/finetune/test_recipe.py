@@ -19,6 +19,7 @@ NAMES = (
 DEFORMABLE = (
     "coco_deformable_r50", "coco_deformable_r50_refine", "coco_deformable_r50_two_stage",
     "voc_deformable_r50", "deformable_tiny_cpu", "coco_sparse_r50", "coco_sparse_swin_t",
+    "coco_deformable_dat_t", "coco_sparse_dat_t",
     "voc_sparse_r50", "sparse_tiny_cpu",
 )  # fmt: skip
 """Of Deformable and Sparse DETR, the same."""
