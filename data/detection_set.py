@@ -23,7 +23,8 @@ from data.write_records import read_classes
 from data.yolo_source import list_yolo
 from models.structures import Classes
 
-SetKind = Literal["shards", "coco", "coco_panoptic", "voc", "yolo"]
+SetKind = Literal["shards", "coco", "coco_panoptic", "voc", "yolo", "classes"]
+"""`classes` are shards whose pictures have one class each and no boxes."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,18 @@ def open_detection_set(
 
     `coco` and `coco_panoptic` are a json (`pictures` is the folder of its pictures, found beside
     it where it has its usual name), `voc` a root or a VOCdevkit, `yolo` a data.yaml, the last two
-    with `#SPLIT` behind them where one is meant; `shards` is a folder with an index. `classes` are
-    the names in order, with ids from 1, for VOC and for shards that do not name them.
+    with `#SPLIT` behind them where one is meant; `shards` is a folder with an index, `classes` one
+    of a class tree. `classes` are the names in order, for VOC and shards that do not name them:
+    with ids from 1, or from 0 where whole pictures have one.
     Raises SourceError, in one line, where the set is not what it is said to be, or has an error in
     its annotations; ShardIndexError where shards have no index.
     """
     options = dict(storage_options or {})
     chosen = kind or detect_set_kind(url, options)
-    if chosen == "shards":
+    if chosen == "shards" or chosen == "classes":
         index = read_index(url, options)
-        return DetectionSet(url, "shards", index, None, _of_shards(url, classes, options), options)
+        named = _of_shards(url, classes, options, of_pictures=chosen == "classes")
+        return DetectionSet(url, chosen, index, None, named, options)
     listing = list_detection_set(url, chosen, pictures, classes, options)
     errors = [fault for fault in listing.faults if fault.severity == "error"]
     if errors:
@@ -158,12 +161,18 @@ def detect_set_kind(url: str, storage_options: StorageOptions | None = None) -> 
             )
 
 
-def _of_shards(url: str, names: Sequence[str] | None, storage_options: StorageOptions) -> Classes:
+def _of_shards(
+    url: str,
+    names: Sequence[str] | None,
+    storage_options: StorageOptions,
+    *,
+    of_pictures: bool,
+) -> Classes:
     """The classes by the report of the writing, or as they were said."""
     if names is not None:
-        classes = dict(enumerate(names, start=1))
+        classes = dict(enumerate(names, start=0 if of_pictures else 1))
     else:
-        classes = read_classes(open_folder(url, storage_options))
+        classes = read_classes(open_folder(url, storage_options), of_pictures=of_pictures)
     if not classes:
         raise SourceError(
             f"{url}: the shards do not name their classes (report.json): say classes=[NAME, ...]"

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Self
+from typing import Self, assert_never
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from data.annotations import BoxAnnotation
+from data.class_labels import class_label
+from data.classification_content import ClassSizes, as_target, decoded, judged_picture
 from data.detection_batches import (
     PackedDetectionBatch,
     ReadyPicture,
@@ -39,7 +41,7 @@ from data.pictures import BrokenPicture, decode_picture
 from data.reading import ReadingSettings
 from data.samples import SEGMENTS_PART, Sample, picture_bytes, why_no_picture
 from models.settings import Settings
-from models.structures import Images
+from models.structures import Classes, Images
 
 _PARTS_AHEAD = 2
 """Batches that each loader process makes ahead."""
@@ -85,13 +87,15 @@ class EvaluationBatch:
 def evaluation_batches(
     data: DetectionSet,
     ids: Sequence[int],
-    sizes: EvaluationSizes,
+    sizes: EvaluationSizes | ClassSizes,
     batch_size: int,
     processes: int,
     device: torch.device,
     reading: ReadingSettings,
 ) -> Generator[EvaluationBatch, None, None]:
     """The pictures with these ids, each once, grouped by like aspect; every batch but one is full.
+
+    With `ClassSizes` the annotation of a picture is its class, as one object.
 
     `processes=0` works in this process. Close the iterator to end the loader processes early.
     Raises ValueError for an unknown id; StreamError where data cannot be read or an annotation is
@@ -156,7 +160,7 @@ class _Sized:
 def _parts(
     data: DetectionSet,
     batches: Sequence[Sequence[int]],
-    sizes: EvaluationSizes,
+    sizes: EvaluationSizes | ClassSizes,
     reading: ReadingSettings,
     process: int,
     processes: int,
@@ -166,7 +170,8 @@ def _parts(
     shared = get_worker_info() is not None
     with closing(_read_batches(data, own, reading)) as read:
         for number, samples in enumerate(read):
-            yield _part([_sized(sample, sizes) for sample in samples], number, shared)
+            sized = [_sized(sample, sizes, data.classes) for sample in samples]
+            yield _part(sized, number, shared)
 
 
 def _read_batches(
@@ -185,7 +190,42 @@ def _read_batches(
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _sized(sample: Sample, sizes: EvaluationSizes) -> _Sized | SkippedPicture:
+def _sized(
+    sample: Sample, sizes: EvaluationSizes | ClassSizes, classes: Classes
+) -> _Sized | SkippedPicture:
+    match sizes:
+        case EvaluationSizes():
+            return _boxed(sample, sizes)
+        case ClassSizes():
+            return _classified(sample, sizes, classes)
+        case _:
+            assert_never(sizes)
+
+
+def _classified(sample: Sample, sizes: ClassSizes, classes: Classes) -> _Sized | SkippedPicture:
+    """Its annotation has the class as its one object."""
+    label = class_label(sample, classes)
+    try:
+        picture = decoded(sample)
+    except BrokenPicture as error:
+        return SkippedPicture(sample.id, sample.key, sample.shard, str(error))
+    height, width = picture.shape[:2]
+    annotation = BoxAnnotation(
+        image_id=sample.key,
+        width=width,
+        height=height,
+        boxes_xyxy=((0.0, 0.0, float(width), float(height)),),
+        names=(classes.names[label],),
+        labels=None,
+        areas=None,
+        crowd=(False,),
+        difficult=(False,),
+    )
+    seen = as_target(judged_picture(picture, sizes), label)
+    return _Sized(ReadyPicture(0, sample.id, sample.key, seen), annotation, (height, width), None)
+
+
+def _boxed(sample: Sample, sizes: EvaluationSizes) -> _Sized | SkippedPicture:
     annotation = annotation_of(sample)
     data = picture_bytes(sample)
     if data is None:

@@ -83,6 +83,11 @@ def check_detection_set(
     if chosen == "shards":
         data = open_detection_set(url, kind=chosen, classes=classes, storage_options=options)
         return _check_shards(data, depth, progress)
+    if chosen == "classes":
+        raise SourceError(
+            f"{url}: kind=classes has no boxes to check; `querypatch shards check {url}` looks at "
+            "the shards"
+        )
     listing = list_detection_set(url, chosen, pictures, classes, options)
     usable = [item for item in listing.items if item.annotation]
     tally = SetTally(listing.classes)

@@ -110,10 +110,13 @@ def write_report(folder: Folder, report: ShardReport) -> None:
     put_bytes(folder, REPORT_NAME, (json.dumps(asdict(report), indent=1) + "\n").encode())
 
 
-def read_classes(folder: Folder) -> dict[int, str]:
-    """Name of each class of the annotations in the shards; empty where their report names none."""
+def read_classes(folder: Folder, *, of_pictures: bool = False) -> dict[int, str]:
+    """Name of each class of the annotations in the shards; empty where their report names none.
+
+    With `of_pictures` of those that whole pictures are of, in the shards of a class tree.
+    """
     report = _read_json(folder, REPORT_NAME) or {}
-    if report.get("kind") not in ANNOTATED_KINDS:
+    if report.get("kind") not in (("classes",) if of_pictures else ANNOTATED_KINDS):
         return {}
     return {int(number): name for number, name in report["classes"].items()}
 

@@ -78,8 +78,8 @@ def build_detector(artefact: Artefact) -> Detector:
     """
     if artefact.kind not in ("detector", "panoptic"):
         raise WeightsError(
-            f"{artefact.source} is a {artefact.kind}: it finds what a crop shows and knows no "
-            "classes; finetune a detector with init= this file"
+            f"{artefact.source} is a {artefact.kind}, which finds no objects of its classes; "
+            "finetune a detector with init= this file, or with a classifier's backbone"
         )
     detector = Detector(artefact.detector, torch.Generator())
     fill(detector, artefact, left_out=BESIDE if artefact.kind == "panoptic" else OF_DISTILLATION)

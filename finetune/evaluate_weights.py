@@ -13,9 +13,12 @@ from typing import assert_never
 
 import torch
 
+from data.classification_content import ClassSizes
 from data.detection_set import DetectionSet, SetKind, open_detection_set
 from data.evaluation_batches import EvaluationSizes
 from finetune.artefacts import build_detector, open_weights
+from finetune.classifier_evaluation import ClassifierEvaluation, evaluate_classifier
+from finetune.classifier_weights import build_classifier, sizes_of
 from finetune.evaluation import Evaluation, EvaluationSettings, Progress, evaluate_detector
 from finetune.evaluation_report import evaluation_json, evaluation_text
 from finetune.one_shot import OneShotSettings, shown_as_trained
@@ -41,6 +44,8 @@ class JudgeSettings(EvaluationSettings):
     """Of a one-shot detector: which classes are unseen, how many crops are asked with."""
     segments: SegmentSettings = SegmentSettings()
     """Of a detector with a mask head."""
+    classify: ClassSizes | None = None
+    """Of a classifier: the size of pictures; null takes that of the weights."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ def judge_weights(
     of_model = [text for text in overrides if is_of_model(text)]
     settings = load_recipe(JudgeSettings, {}, [text for text in overrides if text not in of_model])
     artefact = used_with(open_weights(source), of_model)
+    if artefact.kind == "classifier" and kind is None:
+        kind = "classes"
     data = open_detection_set(data_url, kind=kind, pictures=pictures)
     fitting = settings.model_copy(update={"sizes": picture_sizes(artefact, settings)})
     return _told(_judged(artefact, data, fitting, device, progress))
@@ -103,7 +110,7 @@ def _judged(
     settings: JudgeSettings,
     device: torch.device,
     progress: Progress | None,
-) -> Evaluation | PanopticEvaluation | OneShotEvaluation:
+) -> Evaluation | PanopticEvaluation | OneShotEvaluation | ClassifierEvaluation:
     world = World.alone(device)
     match artefact.kind:
         case "panoptic" if data.kind == "coco_panoptic":
@@ -121,6 +128,16 @@ def _judged(
             test = one_shot_test(data, one_shot, settings)
             model = finished_one_shot(artefact).to(device)
             return evaluate_one_shot(model, test, world, progress=progress)()
+        case "classifier":
+            return evaluate_classifier(
+                build_classifier(artefact).to(device),
+                data,
+                classes_of(artefact, data),
+                settings,
+                settings.classify or sizes_of(artefact.input),
+                world,
+                progress=progress,
+            )()
         case "detector" | "panoptic" | "patch_detector":
             return judged_boxes(artefact, data, settings, device, progress)
         case _:
@@ -149,11 +166,13 @@ def judged_boxes(
     )()
 
 
-def _told(evaluation: Evaluation | PanopticEvaluation | OneShotEvaluation) -> Judged:
+def _told(
+    evaluation: Evaluation | PanopticEvaluation | OneShotEvaluation | ClassifierEvaluation,
+) -> Judged:
     match evaluation:
         case Evaluation():
             return Judged(evaluation_text(evaluation), evaluation_json(evaluation))
-        case PanopticEvaluation():
+        case PanopticEvaluation() | ClassifierEvaluation():
             return Judged(evaluation.text(), evaluation.content())
         case OneShotEvaluation():
             return Judged(one_shot_text(evaluation), one_shot_json(evaluation))

@@ -7,8 +7,9 @@ architecture is not exported.
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, assert_never
 
@@ -16,7 +17,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.artefacts import BESIDE, COUNTERS, bare_name, fill, open_weights
+from finetune.artefacts import (
+    BESIDE,
+    COUNTERS,
+    OF_DISTILLATION,
+    bare_name,
+    fill,
+    open_weights,
+)
+from finetune.classifier_weights import build_classifier
 from finetune.model_card import model_card
 from finetune.onnx_export import write_onnx
 from models.artefact import METADATA_KEY, Artefact, artefact_metadata
@@ -88,6 +97,8 @@ def export(
     folder, names = _place(destination, format)
     _check_free(folder, names, overwrite)
     artefact = open_weights(source)
+    if artefact.kind == "classifier":
+        return _classifier_export(artefact, format, folder, names)
     detector = _detector(artefact)
     with tempfile.TemporaryDirectory(prefix="querypatch-export-") as scratch:
         spool = Path(scratch)
@@ -122,7 +133,7 @@ def _check_free(folder: RunFolder, names: Sequence[str], overwrite: bool) -> Non
 def _detector(artefact: Artefact) -> Detector:
     """The detector alone, whatever holds it."""
     detector = Detector(artefact.detector, torch.Generator()).eval()
-    fill(detector, artefact, left_out=() if artefact.kind == "detector" else BESIDE)
+    fill(detector, artefact, left_out=OF_DISTILLATION if artefact.kind == "detector" else BESIDE)
     return detector
 
 
@@ -136,7 +147,7 @@ def _write(
 ) -> tuple[str, ...]:
     match format:
         case "querypatch":
-            _write_ours(artefact, detector, spool)
+            _write_ours(artefact, _our_tensors(artefact, detector), spool)
             return ()
         case "detr":
             header = {METADATA_KEY: _header(artefact)[METADATA_KEY]}
@@ -155,9 +166,24 @@ def _write(
             assert_never(format)
 
 
-def _write_ours(artefact: Artefact, detector: Detector, spool: Path) -> None:
+def _classifier_export(
+    artefact: Artefact, format: ExportFormat, folder: RunFolder, names: Sequence[str]
+) -> Export:
+    if format != "querypatch":
+        raise WeightsError(
+            f"{artefact.source} is a classifier, format {format} holds detectors alone; export it "
+            "with format querypatch, which a detector takes by model.backbone.weights="
+        )
+    with tempfile.TemporaryDirectory(prefix="querypatch-export-") as scratch:
+        _write_ours(artefact, build_classifier(artefact).state_dict(), Path(scratch))
+        for name in names:
+            folder.put(Path(scratch) / name, name)
+    return Export(tuple(f"{folder.url}/{name}" for name in names), ())
+
+
+def _write_ours(artefact: Artefact, own: Mapping[str, Tensor], spool: Path) -> None:
     header = _header(artefact)
-    tensors = {name: t.contiguous() for name, t in _our_tensors(artefact, detector).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in own.items()}
     save_file(tensors, spool / WEIGHTS, metadata={**header, "format": "pt"})
     _write_json(spool / CONFIG, json.loads(header[METADATA_KEY]))
     (spool / CARD).write_text(model_card(artefact, "querypatch"), encoding="utf-8")
@@ -181,7 +207,8 @@ def _our_tensors(artefact: Artefact, detector: Detector) -> dict[str, Tensor]:
     beside = {
         name: tensor
         for name, tensor in artefact.tensors.items()
-        if bare_name(name) not in bare and not name.endswith(COUNTERS.removeprefix("*"))
+        if bare_name(name) not in bare
+        and not any(fnmatch(bare_name(name), pattern) for pattern in (COUNTERS, *OF_DISTILLATION))
     }
     return own | beside
 

@@ -14,6 +14,9 @@ QUALITY_NAMES = tuple(
 )
 """Of a mask head."""
 
+ACCURACY_NAMES = ("top1", "top5")
+"""Of a classifier."""
+
 _PRECISIONS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 _RECALLS_BY_SIZE = ("ar_small", "ar_medium", "ar_large")
 

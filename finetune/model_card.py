@@ -95,6 +95,8 @@ def _title(artefact: Artefact) -> str:
             return "A one-shot detector (UP-DETR)"
         case "panoptic":
             return "A panoptic DETR"
+        case "classifier":
+            return "A classifier"
 
 
 def _results(artefact: Artefact) -> str:

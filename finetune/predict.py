@@ -229,6 +229,11 @@ def _check_kind(artefact: Artefact) -> None:
                 f"{artefact.source} is of pretraining: it finds patches and knows no classes; "
                 "finetune it first (init=...)"
             )
+        case "classifier":
+            raise ValueError(
+                f"{artefact.source} is a classifier: it says what a picture shows and finds no "
+                "boxes; take its backbone for a detector with model.backbone.weights="
+            )
         case "one_shot":
             raise ValueError(
                 f"{artefact.source} is a one-shot detector: it needs a crop of what to look for "

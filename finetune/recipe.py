@@ -10,9 +10,10 @@ from data.detection_transforms import AugmentSettings
 from data.loader import StreamSettings
 from data.order import OrderSettings
 from data.subsets import SubsetSettings
+from finetune.classify import ClassifySettings
 from finetune.distill import DistillSettings
 from finetune.evaluation import EvaluationSettings
-from finetune.metric_names import QUALITY_NAMES, number_names, one_shot_names
+from finetune.metric_names import ACCURACY_NAMES, QUALITY_NAMES, number_names, one_shot_names
 from finetune.one_shot import OneShotSettings
 from finetune.panoptic import PanopticSettings
 from models.detector_settings import DetectorSettings
@@ -74,8 +75,9 @@ class FinetuneRecipe(RunRecipe):
 
     stage: Literal["finetune"] = "finetune"
     """The kind of run that this recipe is of."""
-    task: Literal["detect", "one_shot", "panoptic"] = "detect"
-    """Boxes of all classes; boxes of the class of a query crop; a mask head on a finished detector.
+    task: Literal["detect", "one_shot", "panoptic", "classify"] = "detect"
+    """Boxes of all classes; boxes of the class of a query crop; a mask head on a finished detector;
+    one class for a whole picture, by the backbone alone.
     """
     from_scratch: bool = False
     """Start with random weights in all but the backbone: to be said where `init` is not."""
@@ -95,6 +97,8 @@ class FinetuneRecipe(RunRecipe):
     """Of task one_shot."""
     panoptic: PanopticSettings = PanopticSettings()
     """Of task panoptic."""
+    classify: ClassifySettings = ClassifySettings()
+    """Of task classify."""
     distill: DistillSettings | None = None
     """Learn from a trained detector as well (D3ETR); of task detect. Null has no teacher."""
     best_metric: str = "eval/ap"
@@ -158,6 +162,8 @@ class FinetuneRecipe(RunRecipe):
                 return one_shot_names(settings.protocols)
             case "panoptic":
                 return QUALITY_NAMES
+            case "classify":
+                return ACCURACY_NAMES
             case _:
                 assert_never(self.task)
 

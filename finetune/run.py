@@ -15,6 +15,8 @@ from data.index import index_digest
 from data.loader import P, StreamSource
 from data.order import batches_per_epoch
 from data.stream import ExactStream
+from finetune.classification import classification_task
+from finetune.classifier_weights import classifier_input, resolve_classifier
 from finetune.detection import detection_task
 from finetune.keeping import Keeper, Metadata, history_of
 from finetune.one_shot_task import check_unseen, one_shot_task
@@ -50,7 +52,7 @@ def finetune(recipe: FinetuneRecipe, host: Host) -> Position:
         return over
     is_fresh = newest_checkpoint(host.folder) is None
     leaves_manifest = is_fresh and host.world.is_first
-    sets = open_sets(recipe.data, f"{recipe.run}/{SUBSET}" if leaves_manifest else None)
+    sets = open_sets(recipe, f"{recipe.run}/{SUBSET}" if leaves_manifest else None)
     match recipe.task:
         case "detect":
             return _run(recipe, host, sets, detection_task(recipe, sets, host.world, is_fresh))
@@ -58,6 +60,8 @@ def finetune(recipe: FinetuneRecipe, host: Host) -> Position:
             return _run(recipe, host, sets, one_shot_task(recipe, sets, host.world, is_fresh))
         case "panoptic":
             return _run(recipe, host, sets, panoptic_task(recipe, sets, host.world, is_fresh))
+        case "classify":
+            return _run(recipe, host, sets, classification_task(recipe, sets, host.world, is_fresh))
         case _:
             assert_never(recipe.task)
 
@@ -71,7 +75,7 @@ def checked_recipe(
 
     Raises SourceError, WeightsError or ValueError, in one line, for what would not work.
     """
-    sets = open_sets(recipe.data)
+    sets = open_sets(recipe)
     train, validation = sets.train, sets.validation
     digests = {"data.train": index_digest(train.index)}
     batches_per_epoch(train.index, recipe.global_batch, recipe.data.order)
@@ -94,6 +98,8 @@ def checked_recipe(
 def _resolved(recipe: FinetuneRecipe, classes: Classes) -> DetectorSettings:
     if recipe.task == "one_shot":
         return resolve_one_shot_model(recipe.model, recipe.init)
+    if recipe.task == "classify":
+        return resolve_classifier(recipe.model, recipe.init, classes)
     model = resolve_model(recipe.model, recipe.init, classes)
     if recipe.task == "panoptic":
         check_dense(model)
@@ -193,6 +199,8 @@ def _metadata(
         max_size=sizes.max_size,
         query_side=recipe.one_shot.crops.side if kind == "one_shot" else None,
     )
+    if kind == "classifier":
+        picture_input = classifier_input(recipe.classify.sizes)
     masks = recipe.panoptic.head if kind == "panoptic" else None
     named = None if kind == "one_shot" else classes
     return artefact_metadata(kind, recipe.model, named, picture_input, provenance, masks)

@@ -3,19 +3,24 @@
 from data.detection_set import DetectionSet, open_detection_set
 from data.reading import ReadingSettings
 from data.subsets import SubsetSettings, subset_ids, subset_of, write_manifest
-from finetune.recipe import SAME, DetectionData
+from finetune.recipe import SAME, DetectionData, FinetuneRecipe
 from finetune.task import TaskSets
 
 SUBSET = "subset.json"
 """Manifest of the pictures that a run learns from, in its folder."""
 
 
-def open_sets(data: DetectionData, manifest: str | None = None) -> TaskSets:
+def open_sets(recipe: FinetuneRecipe, manifest: str | None = None) -> TaskSets:
     """What is learned from, the subset alone where one is asked for, and what is evaluated on.
+
+    Of a classifier pictures that have a class each.
 
     `manifest` is the URL at which the choice of a subset is left. Raises SourceError, ValueError: a
     set or the subset is not what it is said to be.
     """
+    data = recipe.data
+    if recipe.task == "classify":
+        data = data.model_copy(update={"kind": "classes"})
     train = _whole_train_set(data)
     if data.subset is not None:
         train = _chosen(train, data.subset, data.stream.reading, manifest)

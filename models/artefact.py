@@ -26,8 +26,10 @@ METADATA_KEY = "querypatch"
 STEP_KEY = "step"
 """Where a training checkpoint's step lies in a safetensors header."""
 
-ArtefactKind = Literal["detector", "patch_detector", "one_shot", "panoptic"]
-"""Which model the tensors are of: `Detector`, or one that holds a `Detector` as `detector`."""
+ArtefactKind = Literal["detector", "patch_detector", "one_shot", "panoptic", "classifier"]
+"""Which model the tensors are of: `Detector`, one that holds a `Detector` as `detector`, or a
+`Classifier`, of whose `detector` settings the backbone and the number of classes count.
+"""
 
 
 class PictureInput(Settings):
@@ -37,6 +39,11 @@ class PictureInput(Settings):
     """Shorter side in pixels, unless the longer one would exceed max_size."""
     max_size: int = Field(default=1333, ge=1)
     """Longest side in pixels."""
+    resize: int | None = Field(default=None, ge=32)
+    """Of a classifier: both sides, or with `keep_aspect` the short one, before the crop of
+    `short_side` pixels in the middle; null for others."""
+    keep_aspect: bool = True
+    """Of a classifier: whether the picture keeps its shape."""
     query_side: int | None = Field(default=None, ge=8)
     """Side in pixels of the square that a query crop is squashed to, where it was told."""
 

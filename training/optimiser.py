@@ -7,7 +7,7 @@ all groups are modules.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,9 @@ from torch.optim import AdamW
 
 from models.settings import Settings
 from training.schedule import Schedule, learning_rate
+
+_TABLE = "bias_table"
+"""What the tables of relative positions of Swin and DAT are called at the end of their names."""
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -33,7 +36,11 @@ class OptimiserSettings(Settings):
     takes lr, and without deformable attention it has no effect.
     """
     weight_decay: float = Field(default=1e-4, ge=0)
-    """Decoupled weight decay of every trainable tensor."""
+    """Decoupled weight decay of every trainable tensor, or of those that `decay` says."""
+    decay: Literal["all", "matrices"] = "all"
+    """What decays: everything (DETR), or all but biases, norms and tables of relative positions, as
+    Swin and DAT are trained.
+    """
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the running mean of the gradient and of its square."""
     eps: float = Field(default=1e-8, gt=0)
@@ -77,6 +84,8 @@ def build_optimiser(
         _group(group, [(name, p) for name, p in trainable if group_of(p) == group], rate)
         for group, rate in rates.items()
     ]
+    if settings.decay == "matrices":
+        groups = [part for group in groups for part in _by_decay(group)]
     return AdamW(
         [group for group in groups if group["params"]],
         betas=settings.betas,
@@ -129,8 +138,20 @@ def _identities(what: str, modules: Sequence[nn.Module], known: set[int]) -> set
     return found
 
 
-def _group(name: str, params: list[tuple[str, nn.Parameter]], base_lr: float) -> dict[str, object]:
+def _group(name: str, params: list[tuple[str, nn.Parameter]], base_lr: float) -> dict[str, Any]:
     return {"name": name, "params": params, "lr": base_lr, "base_lr": base_lr}
+
+
+def _by_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group without what never decays, and that as a group `NAME_undecayed`."""
+    decays = [(name, p) for name, p in group["params"] if _decays(name, p)]
+    others = [(name, p) for name, p in group["params"] if not _decays(name, p)]
+    undecayed = {"name": f"{group['name']}_undecayed", "params": others, "weight_decay": 0.0}
+    return [{**group, "params": decays}, {**group, **undecayed}]
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim > 1 and not name.endswith(_TABLE)
 
 
 def _names(groups: object) -> list[str]:

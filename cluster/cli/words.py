@@ -48,7 +48,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 # Written out here, since importing their modules takes seconds; a test holds them to the originals.
 StageName = Literal["pretrain", "finetune"]
 SourceKind = Literal["classes", "folder", "list", "tars", "coco", "voc", "yolo"]
-SetKind = Literal["shards", "coco", "coco_panoptic", "voc", "yolo"]
+SetKind = Literal["shards", "coco", "coco_panoptic", "voc", "yolo", "classes"]
 ExportFormat = Literal["querypatch", "detr", "hf", "onnx"]
 Depth = Literal["annotations", "headers", "pixels"]
 Kind = Annotated[SetKind | None, typer.Option(help="What DATA is; default: found out.")]

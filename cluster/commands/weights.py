@@ -11,6 +11,7 @@ from rich.console import Console
 from cluster.commands.bars import open_bar, say
 from data.detection_set import SetKind
 from finetune.artefacts import open_weights
+from finetune.classifier_predict import predict_classes
 from finetune.evaluate_weights import judge_weights
 from finetune.export import ExportFormat, export
 from finetune.one_shot_predict import load_one_shot
@@ -127,7 +128,19 @@ def _predict(
         refs = find_pictures(pictures, listed)
         detector = load_one_shot(weights, queries, device=device)
         return write_predictions(detector, refs, out, least, batch_size, advance)
-    if open_weights(weights).kind == "panoptic":
+    kind = open_weights(weights).kind
+    if kind == "classifier":
+        return predict_classes(
+            weights,
+            pictures,
+            out,
+            batch_size=batch_size,
+            device=device,
+            overwrite=overwrite,
+            listed=listed,
+            progress=advance,
+        )
+    if kind == "panoptic":
         return predict_panoptic(
             weights,
             pictures,

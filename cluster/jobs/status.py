@@ -184,7 +184,9 @@ def _writer(status: RunStatus) -> str:
 
 def _judged(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
     """The few numbers that a person asks for first."""
-    names = [name for name in ("eval/ap", "eval/ap50", "eval/pq", "loss") if name in metrics]
+    names = [
+        name for name in ("eval/ap", "eval/ap50", "eval/pq", "eval/top1", "loss") if name in metrics
+    ]
     return [(name, metrics[name]) for name in names]
 
 

@@ -104,7 +104,7 @@ class DataLook(Look):
             self._look_into(files, counted)
 
     def _opened(self, recipe: FinetuneRecipe) -> Iterable[Check]:
-        sets = open_sets(recipe.data)
+        sets = open_sets(recipe)
         if sets.validation is not None:
             aligned(sets.validation.classes, sets.train.classes)
         self.sets = sets

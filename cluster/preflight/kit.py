@@ -23,6 +23,7 @@ from data.loader import P, Place, StreamSource
 from data.order import batch_ids, plan_epoch
 from data.picture_files import open_reader, read_one
 from data.stream import ExactStream
+from finetune.classification import classification_task
 from finetune.detection import detection_task
 from finetune.one_shot_task import one_shot_task
 from finetune.panoptic_task import panoptic_task
@@ -69,7 +70,7 @@ def open_kit(recipe: Recipe, device: torch.device, sets: TaskSets | None = None)
         case PretrainRecipe():
             return _pretraining(recipe, device)
         case FinetuneRecipe():
-            return _finetuning(checked_recipe(recipe)[0], device, sets or open_sets(recipe.data))
+            return _finetuning(checked_recipe(recipe)[0], device, sets or open_sets(recipe))
         case _:
             assert_never(recipe)
 
@@ -100,6 +101,8 @@ def _finetuning(recipe: FinetuneRecipe, device: torch.device, sets: TaskSets) ->
             return _of_task(recipe, device, sets, one_shot_task(recipe, sets, world, True))
         case "panoptic":
             return _of_task(recipe, device, sets, panoptic_task(recipe, sets, world, True))
+        case "classify":
+            return _of_task(recipe, device, sets, classification_task(recipe, sets, world, True))
         case _:
             assert_never(recipe.task)
 

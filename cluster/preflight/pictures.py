@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from cluster.preflight.checks import Check, listed
 from cluster.stages import Recipe
+from data.annotations import AnnotationError
+from data.class_labels import class_label
+from data.detection_set import open_detection_set
 from data.held_out import read_samples
 from data.index import ShardIndex
 from data.picture_files import PictureFiles
@@ -69,6 +72,9 @@ def label_checks(
     Raises SourceError or ShardIndexError where there is no such set at all.
     """
     data = recipe.data
+    if recipe.task == "classify":
+        yield _class_check(recipe, key, url)
+        return
     report = check_detection_set(
         url, kind=data.kind, pictures=pictures, classes=data.classes, depth="annotations"
     )
@@ -86,6 +92,26 @@ def label_checks(
     said = f"{counts.boxes} boxes of {len(report.classes.names)} classes{looked}"
     warnings = _warnings(recipe, report)
     yield Check(name, "warning" if warnings else "well", "; ".join([said, *warnings]), facts)
+
+
+def _class_check(recipe: FinetuneRecipe, key: str, url: str) -> Check:
+    """Whether a sample of the pictures has classes that the set names."""
+    found = open_detection_set(url, kind="classes", classes=recipe.data.classes)
+    count = found.index.num_samples
+    ids = [number * count // min(count, SAMPLED) for number in range(min(count, SAMPLED))]
+    options = found.storage_options
+    errors = []
+    for sample in read_samples(found.index, ids, options, quick_reading(recipe), None):
+        try:
+            class_label(sample, found.classes)
+        except AnnotationError as error:
+            errors.append(str(error))
+    facts = {"classes": len(found.classes.names), "looked_at": len(ids), "errors": len(errors)}
+    name = f"{key}: labels"
+    if errors:
+        return Check(name, "fault", f"{len(errors)} of {len(ids)}: {listed(errors, 1)}", facts)
+    said = f"{len(found.classes.names)} classes, one for each picture ({len(ids)} looked at)"
+    return Check(name, "well", said, facts)
 
 
 def _judged(

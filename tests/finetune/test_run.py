@@ -97,7 +97,7 @@ def test_init_carries_the_pretrained_transformer_over_exactly(
     sets: Path, pretrained: Path, tmp_path: Path
 ) -> None:
     recipe = small_recipe(sets, tmp_path / "run", f"init={pretrained}", "from_scratch=false")
-    task = detection_task(recipe, open_sets(recipe.data), World.alone(CPU), is_fresh=True)
+    task = detection_task(recipe, open_sets(recipe), World.alone(CPU), is_fresh=True)
     ours, theirs = task.model.state_dict(), weights(pretrained)
     carried = {name for name in ours if not name.startswith("class_head.")}
     assert {f"detector.{name}" for name in carried} <= theirs.keys()
@@ -194,7 +194,7 @@ def test_validation_can_be_what_is_learned_from(
     told = ("data.subset={share: 0.3}", "data.validation=same", "loop.evaluate_every=2")
     recipe = small_recipe(sets, tmp_path / "run", *told)
     assert "no fair measure" in caplog.text
-    opened = open_sets(recipe.data)
+    opened = open_sets(recipe)
     assert opened.validation is opened.train
     assert opened.train.index.num_samples == 3
 
