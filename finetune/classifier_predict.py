@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 
 from data.classification_content import judged_picture
 from data.normalise import normalised_images
@@ -88,22 +89,16 @@ def predict_classes(
             mixed = torch.autocast(target.type, torch.bfloat16, enabled=is_mixed)
             with torch.inference_mode(), mixed:
                 logits = model(images.pixels)
-            found = logits.float().softmax(-1).topk(min(FEW, len(names))).cpu()
-            for row, one in enumerate(batch):
-                said = [
-                    {"name": names[label], "probability": round(probability, 5)}
-                    for label, probability in zip(
-                        found.indices[row], found.values[row], strict=True
-                    )
+            found = logits.float().softmax(-1).cpu().topk(min(FEW, len(names)))
+            said = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+            for one, picture, (labels, shares) in zip(batch, pictures, said, strict=True):
+                _draw(one, picture, labels[0], f"{names[labels[0]]} {shares[0]:.2f}", out)
+                likeliest = [
+                    {"name": names[label], "probability": round(share, 5)}
+                    for label, share in zip(labels, shares, strict=True)
                 ]
-                _draw(one, pictures[row], int(found.indices[row, 0]), said[0], out)
-                answers.append(
-                    {
-                        "url": public_url(one.entry.ref.url),
-                        "classes": said,
-                        "drawn": one.entry.drawn,
-                    }
-                )
+                url, drawn = public_url(one.entry.ref.url), one.entry.drawn
+                answers.append({"url": url, "classes": likeliest, "drawn": drawn})
             if progress is not None:
                 progress(len(answers) + len(left_out), len(entries))
     broken = [{"url": one.url, "reason": one.reason} for one in left_out]
@@ -112,10 +107,13 @@ def predict_classes(
 
 
 def _draw(
-    one: LoadedPicture, picture: np.ndarray, label: int, first: dict[str, object], out: Path
+    one: LoadedPicture,
+    picture: UInt8[np.ndarray, "height width 3"],
+    label: int,
+    caption: str,
+    out: Path,
 ) -> None:
     height, width = picture.shape[:2]
     whole = np.array([[0, 0, width, height]], np.float32)
-    caption = f"{first['name']} {first['probability']:.2f}"
     drawn = draw_boxes(picture, whole, np.array([label], np.int64), [caption])
     save_picture(drawn, out / one.entry.drawn)

@@ -25,6 +25,9 @@ RANDOM_WEIGHTS = "random"
 LEFT_OUT = ("fc.*", "*.num_batches_tracked", "projection_head.*", "prototypes.*")
 """Classifiers of torchvision and timm, BatchNorm's counters, SwAV's heads."""
 
+_OUR_BODIES = ("backbone.body.", "detector.backbone.body.")
+"""Where the backbone of our own classifiers and detectors has its tensors."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -66,8 +69,14 @@ def _load(backbone: Backbone, tensors: Mapping[str, Tensor], source: str) -> Loa
         new=names.new,
         source=source,
     )
-    others = tuple(name for name in tensors if name.removeprefix(BODY) not in body)
+    others = tuple(name for name in tensors if _bare(name) not in body)
     return replace(report, left_out=(*report.left_out, *others))
+
+
+def _bare(name: str) -> str:
+    for prefix in (BODY, *_OUR_BODIES):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def file_names(backbone: Backbone, tensors: Mapping[str, Tensor], source: str) -> FileNames:
@@ -111,10 +120,15 @@ def _another(
 
 def backbone_tensors(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The backbone's tensors by their own names, out of the file of a detector or of its own."""
-    inner = {
-        name.removeprefix(BODY): tensor for name, tensor in tensors.items() if name.startswith(BODY)
-    }
-    return inner or tensors
+    for prefix in (BODY, *_OUR_BODIES):
+        inner = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        }
+        if inner:
+            return inner
+    return tensors
 
 
 def _stages_beyond(settings: BackboneSettings) -> tuple[str, ...]:
