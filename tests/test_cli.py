@@ -122,7 +122,10 @@ def test_recipes_are_listed_shown_and_described() -> None:
         (("shards", "check", "/no/such/shards"), "/no/such/shards has no index.json"),
         (("show", "patches", "/no/such/run"), "/no/such/run has no index.json"),
         (("finetune", "tiny_cpu", "run=/r"), "data.train: missing; give it in the recipe or as"),
-        (("finetune", "imagenet_r50", "run=/r"), "'imagenet_r50' is neither a file nor one of coc"),
+        (
+            ("finetune", "imagenet_r50", "run=/r"),
+            "'imagenet_r50' is neither a file nor one of classify_tiny_cpu_scratch",
+        ),
         (("finetune", "tiny_cpu", "run=/r", "data.train=/no.json"), "name the weights to start"),
         (("finetune", *SCRATCH), "/no/such/set.json"),
         (("evaluate", "/no/such", "/no/such/set.json"), "/no/such holds no weights"),

@@ -33,10 +33,11 @@ WITHOUT_TWIN = (
     "coco_panoptic_masks",
     "coco_deformable_r50_dc5_scratch",
     "coco_deformable_r50_single_scale_scratch",
+    *("imagenet_dat_t_scratch", "classify_tiny_cpu_scratch"),
     *("coco_d3etr_r50_scratch", "coco_d3etr_r50_12ep_scratch", "coco_d3etr_r18_12ep_scratch"),
 )
 """A mask head is never trained on anything but a finished detector; how many maps a pretrained
-transformer reads is its own affair; any recipe takes a teacher.
+transformer reads is its own affair; any recipe takes a teacher; a classifier has no transformer.
 """
 ASKED = {
     *("encoder_attention", "decoder_attention", "class_scores", "box_refinement", "two_stage"),
@@ -267,3 +268,19 @@ def test_recipes_of_d3etr_are_conditional_detrs_with_the_authors_schedules() -> 
         assert recipe.model.decoder_attention == "conditional"
         assert recipe.distill is not None
         assert (recipe.distill.of_self, recipe.distill.of_cross) == (33, 1)
+
+
+def test_the_recipe_of_dat_has_the_published_settings() -> None:
+    recipe = loaded("imagenet_dat_t_scratch", *SAID)
+    rates, mix = recipe.optimiser, recipe.classify.mix
+    # 5e-4 for each 512 pictures of a batch.
+    assert rates.lr == 5e-4 * recipe.global_batch / 512
+    assert (rates.weight_decay, rates.decay, rates.clip_norm) == (0.05, "matrices", 5.0)
+    assert (recipe.loop.epochs, recipe.schedule.kind, recipe.schedule.warmup) == (300, "cosine", 20)
+    assert rates.lr * recipe.schedule.final_share == 5e-6
+    assert (mix.mixup, mix.cutmix, mix.smoothing) == (0.8, 1.0, 0.1)
+    changes = recipe.classify.augment
+    assert (changes.rand_augment, changes.rand_augment_deviation, changes.erase) == (9, 0.5, 0.25)
+    assert recipe.model.backbone.drop_path == 0.2
+    sizes = recipe.classify.sizes
+    assert (sizes.resize, sizes.crop, sizes.keep_aspect) == (256, 224, False)
