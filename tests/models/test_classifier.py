@@ -1,5 +1,6 @@
 """Classifiers against torchvision's, and their files."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from models.backbone import BackboneSettings
 from models.classifier import Classifier
 from models.interop.checkpoint_files import WeightsError
-from models.interop.classifiers import load_classifier
-from models.interop.swin import timm_name
+from models.interop.classifiers import load_classifier, place_classifier
+from models.interop.swin import swin_name, timm_name
 from models.windows import WindowAttention, relative_position_index
 
 
@@ -43,46 +44,47 @@ def swin() -> nn.Module:
     return torchvisions("swin_t")
 
 
-def loaded_from(tensors: dict[str, Tensor], path: Path, name: str) -> Classifier:
-    torch.save(tensors, path)
+def loaded(tensors: Mapping[str, Tensor], name: str) -> Classifier:
     model = classifier(name)
-    load_classifier(model, str(path))
+    place_classifier(model, tensors, "published.pth", head="file")
     return model
 
 
 def test_logits_of_a_swin_are_torchvisions(swin: nn.Module, tmp_path: Path) -> None:
     """Windows are shifted along an axis unless one covers it: here the columns of the last map."""
-    ours = loaded_from(swin.state_dict(), tmp_path / "swin.pth", "swin_t")
+    torch.save(swin.state_dict(), tmp_path / "swin.pth")
+    ours = classifier("swin_t")
+    load_classifier(ours, str(tmp_path / "swin.pth"))
     with torch.no_grad():
         assert torch.allclose(ours(pictures(64, 256)), swin(pictures(64, 256)), atol=1e-5)
 
 
-def test_logits_of_a_resnet_are_torchvisions(tmp_path: Path) -> None:
+def test_logits_of_a_resnet_are_torchvisions() -> None:
     network = torchvisions("resnet18")
-    ours = loaded_from(network.state_dict(), tmp_path / "resnet.pth", "resnet18")
+    ours = loaded(network.state_dict(), "resnet18")
     with torch.no_grad():
         wanted = network(pictures())
         assert torch.allclose(ours(pictures()), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_timms_names_of_a_swin_bring_the_same_classifier(swin: nn.Module, tmp_path: Path) -> None:
-    theirs = loaded_from(swin.state_dict(), tmp_path / "swin.pth", "swin_t")
+@pytest.mark.parametrize(("naming", "head"), [(timm_name, "head.fc."), (swin_name, "head.")])
+def test_other_names_of_a_swin_bring_the_same_classifier(
+    swin: nn.Module, naming: Callable[[str], str], head: str
+) -> None:
+    """timm's, and those of Swin's authors."""
+    theirs = loaded(swin.state_dict(), "swin_t")
     tensors = {
-        timm_name(name.removeprefix("backbone.body.")): tensor
+        naming(name.removeprefix("backbone.body.")): tensor
         for name, tensor in theirs.state_dict().items()
         if not name.startswith(("head.", "backbone.body.norms."))
     }
-    tensors |= {f"head.fc.{part}": tensor for part, tensor in theirs.head.state_dict().items()}
-    tensors |= {
-        f"norm.{part}": tensor
-        for part, tensor in theirs.backbone.body.norms[3].state_dict().items()
-    }
+    tensors |= {head + part: tensor for part, tensor in theirs.head.state_dict().items()}
+    last = theirs.backbone.body.norms[3].state_dict()
+    tensors |= {f"norm.{part}": tensor for part, tensor in last.items()}
     tensors["layers.1.blocks.1.attn.relative_position_index"] = relative_position_index(7)
-    ours = loaded_from(tensors, tmp_path / "timm.pth", "swin_t")
     wanted = theirs.state_dict()
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(tensor, wanted[name]) or name.startswith("backbone.body.norms."), name
-    assert torch.equal(ours.backbone.body.norms[3].weight, theirs.backbone.body.norms[3].weight)
+    for name, tensor in loaded(tensors, "swin_t").state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
 
 
 @pytest.mark.parametrize("name", ["swin_t", "resnet18"])
@@ -103,23 +105,23 @@ def test_a_frozen_backbone_leaves_the_head_alone_trained() -> None:
     assert trained == ["head.weight", "head.bias"]
 
 
-def test_a_new_head_takes_the_rest_of_a_file(swin: nn.Module, tmp_path: Path) -> None:
-    torch.save(swin.state_dict(), tmp_path / "swin.pth")
-    model = classifier("swin_t", num_classes=3)
+def test_a_new_head_takes_the_rest_of_a_file(swin: nn.Module) -> None:
+    tensors, model = swin.state_dict(), classifier("swin_t", num_classes=3)
     with pytest.raises(WeightsError, match=r"5 classes apart and the model 3; say num_classes=5"):
-        load_classifier(model, str(tmp_path / "swin.pth"))
+        place_classifier(model, tensors, "published.pth", head="file")
     head = model.head.weight.clone()
-    report = load_classifier(model, str(tmp_path / "swin.pth"), head="new")
+    report = place_classifier(model, tensors, "published.pth", head="new")
     assert torch.equal(model.head.weight, head)
     assert torch.equal(model.backbone.body.norms[3].weight, swin.get_parameter("norm.weight"))
     assert {name for name in report.new if name.startswith("head.")} == {"head.weight", "head.bias"}
     assert report.left_out[-2:] == ("head.weight", "head.bias")
 
 
-def test_a_file_without_a_head_and_one_class_are_refused(swin: nn.Module, tmp_path: Path) -> None:
-    bare = {n: tensor for n, tensor in swin.state_dict().items() if not n.startswith("head.")}
-    with pytest.raises(WeightsError, match=r"has no head.weight: it is no classifier's"):
-        loaded_from(bare, tmp_path / "bare.pth", "swin_t")
+def test_a_file_without_a_head_and_one_class_are_refused() -> None:
+    bare = torchvisions("resnet18").state_dict()
+    del bare["fc.weight"]
+    with pytest.raises(WeightsError, match=r"has no fc.weight: it is no classifier's"):
+        loaded(bare, "resnet18")
     with pytest.raises(ValueError, match="num_classes=1 leaves nothing to choose"):
         classifier("resnet18", num_classes=1)
 
