@@ -10,8 +10,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.attention import attention_weights
+from models.attention import attention_weights, mixture
 from models.conditional_attention import ConditionalCrossAttention
 from models.heads import logit
 from models.initialise import initialise
@@ -68,6 +69,23 @@ def test_contents_are_compared_with_contents_and_places_with_places_in_each_head
         expected = (scores / math.sqrt(16)).softmax(-1)
         torch.testing.assert_close(seen[0, head], expected)
     assert (attention.query_position is None) != first
+
+
+def test_values_narrower_than_queries_are_mixed_alike_by_any_kernel() -> None:
+    """The fast path pads them for torch's fused kernel."""
+    found = []
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        queries, keys, values = (
+            normal(2, 2, count, width, seed=seed).requires_grad_()
+            for seed, (count, width) in enumerate(((3, 8), (5, 8), (5, 4)))
+        )
+        hidden = torch.tensor([False, False, True, False, True])
+        with sdpa_kernel(backend):
+            mixed = mixture(queries, keys, values, hidden[None, None, None], 0.0)
+        torch.autograd.backward(mixed.square().sum())
+        found.append((mixed, queries.grad, keys.grad, values.grad))
+    for fused, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain)
 
 
 def test_the_code_of_a_box_is_y_then_x_then_its_sides() -> None:

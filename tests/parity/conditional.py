@@ -97,8 +97,6 @@ def _told(settings: DetectorSettings) -> dict[str, object]:
         "num_queries": settings.num_queries,
         "num_classes": settings.num_classes,
         "activation": settings.activation,
-        "postprocess_topk": settings.max_pairs,
-        "num_select": settings.max_pairs,
         "num_patterns": settings.num_patterns,
         "inverse_sigmoid_eps": 1e-3 if anchors else 1e-5,
     }
@@ -163,9 +161,10 @@ def _postprocess(case: Case, settings: DetectorSettings) -> Iterator[Finding]:
     """Pairs of a query and a label as sets: some scores are nearly equal."""
     logits, boxes = (torch.from_numpy(case.arrays[f"pred_{kind}"]) for kind in ("logits", "boxes"))
     sizes = torch.tensor(case.config["original_sizes"])
-    found = detections(
-        LayerOutput(boxes, logits, boxes), sizes, settings.class_scores, settings.max_pairs
-    )
+    count = case.arrays["post_scores"].shape[1]
+    said = LayerOutput(boxes, logits, boxes)
+    found = detections(said, sizes, settings.class_scores, count)
+    yield Finding("post-processing", abs(count - settings.max_pairs), 0, "post_scores (how many)")
     sides = sizes[:, None, [1, 0, 1, 0]].numpy()
     all_boxes = detections(LayerOutput(boxes, boxes, boxes), sizes, "softmax").boxes_xyxy
     queries = torch.cdist(found.boxes_xyxy, all_boxes).argmin(-1).numpy()
