@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from finetune.artefacts import build_detector, open_weights
+from finetune.classifier_weights import build_classifier
 from finetune.drawing import Tile, colour_of, draw_sheet
 from finetune.picture_sources import decoded, find_pictures
 from finetune.predict import PreparedPicture, prepare, prepared_images
@@ -42,9 +43,10 @@ def draw_points(
     """Writes a PNG, two tiles for each picture and each stage with deformed points; returns how
     many pictures.
 
-    `weights` is a detector on a DAT; or, where `backbone` says settings of one (`name=dat_t`), the
-    file of DAT's authors or `random`. `at_xy` is the query that looks, as shares of width and
-    height from 0 to 1; None: all do. Raises ValueError, in one line, where something does not fit.
+    `weights` is a detector or classifier of ours on a DAT; or, where `backbone` says settings of
+    one (`name=dat_t`), the file of DAT's authors or `random`. `at_xy` is the query that looks, as
+    shares of width and height from 0 to 1; None: all do. Raises ValueError, in one line, where
+    something does not fit.
     """
     body, size = _opened(weights, backbone)
     found = find_pictures(pictures)
@@ -58,6 +60,8 @@ def draw_points(
 def _opened(weights: str, backbone: Sequence[str]) -> tuple[Backbone, PictureInput]:
     if not backbone:
         artefact = open_weights(weights)
+        if artefact.kind == "classifier":
+            return build_classifier(artefact).backbone, PictureInput(short_side=SHORT_SIDE)
         return build_detector(artefact).backbone, artefact.input
     settings = load_recipe(BackboneSettings, {"weights": weights}, backbone)
     if kind_of(settings.name) != "dat":

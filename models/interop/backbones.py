@@ -28,6 +28,12 @@ LEFT_OUT = ("fc.*", "*.num_batches_tracked", "projection_head.*", "prototypes.*"
 _OUR_BODIES = ("backbone.body.", "detector.backbone.body.")
 """Where the backbone of our own classifiers and detectors has its tensors."""
 
+_OUR_TRANSFORMERS = "patch_embedding."
+"""How a tensor of our own Swin or DAT begins, which has one by a name of no public file."""
+
+_OUR_LAST_STAGE = ("stages.2.merging.*", "stages.3.*", "norms.3.*")
+_OUR_HEAD = "head."
+
 _log = logging.getLogger(__name__)
 
 
@@ -82,6 +88,9 @@ def _bare(name: str) -> str:
 def file_names(backbone: Backbone, tensors: Mapping[str, Tensor], source: str) -> FileNames:
     """How a file of such tensors names those of a backbone; WeightsError where it is of another."""
     settings, swin = backbone.settings, swin_file(tensors, backbone.body.num_stages)
+    if any(name.startswith(_OUR_TRANSFORMERS) for name in tensors):
+        beyond = _OUR_LAST_STAGE if settings.output == "layer3" else ()
+        return FileNames(lambda ours: ours, beyond, new=(), head=_OUR_HEAD, norm=None)
     match settings.name:
         case "resnet18" | "resnet34" | "resnet50" | "resnet101":
             if swin or is_dat(tensors):

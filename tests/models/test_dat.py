@@ -246,6 +246,18 @@ def test_a_detectors_backbone_leaves_the_classifier_out(container: Path) -> None
     assert {name for name in report.new if not name.startswith("norms.")} == set()
 
 
+@pytest.mark.parametrize("output", ["layer3", "layer4"])
+def test_our_own_classifier_becomes_the_backbone_of_a_detector(output: str, tmp_path: Path) -> None:
+    model = classifier(num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    backbone = Backbone(settings(weights=str(tmp_path / "own.pth"), output=output))
+    report = load_backbone(backbone)
+    wanted = model.backbone.body.state_dict()
+    assert all(torch.equal(t, wanted[name]) for name, t in backbone.body.state_dict().items())
+    assert report.new == ()
+    assert {"head.weight", "head.bias"} <= set(report.left_out)
+
+
 def test_files_of_other_networks_are_refused_with_the_way_out(container: Path) -> None:
     for wrong, complaint in (
         ({"name": "dat_pp_t"}, r"holds a DAT of CVPR 2022, and backbone.name=dat_pp_t; say name=d"),
