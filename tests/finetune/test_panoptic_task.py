@@ -33,7 +33,7 @@ from finetune.panoptic_postprocess import SegmentSettings
 from finetune.panoptic_predict import RESULTS, SEGMENTS, predict_panoptic
 from finetune.panoptic_quality import PanopticMap, Quality
 from finetune.panoptic_task import PanopticObjective, panoptic_task
-from finetune.panoptic_weights import build_panoptic
+from finetune.panoptic_weights import build_panoptic, check_dense
 from finetune.recipe import FinetuneRecipe
 from finetune.task import TaskSets
 from models.artefact import PictureInput, Provenance, artefact_metadata
@@ -214,6 +214,21 @@ def test_a_detector_without_a_mask_head_segments_nothing(
     source = write_detector(tmp_path / "stage1.safetensors", data.classes)
     with pytest.raises(WeightsError, match="task=panoptic"):
         build_panoptic(open_weights(source))
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"decoder_attention": "deformable"}, "reads dense attention"),
+        ({"class_scores": "sigmoid"}, "with softmax scores alone"),
+    ],
+)
+def test_what_a_mask_head_cannot_go_on_is_refused_before_the_run(
+    told: dict[str, object], said: str
+) -> None:
+    settings = SETTINGS.model_copy(update=told)
+    with pytest.raises(WeightsError, match=f"task=panoptic: .*{said}.*give init= a DETR detector"):
+        check_dense(settings)
 
 
 def test_prediction_writes_drawings_pngs_and_cocos_json(data: DetectionSet, tmp_path: Path) -> None:

@@ -7,21 +7,27 @@ from torch import Tensor
 from models.interop.detr import load_detr, to_detr_names
 from models.one_shot import MATCHES, matches_only, one_shot_detector, one_shot_settings, search
 from models.patch_queries import PatchDetector, QueryPatches
+from tests.models.conditional_small import PATTERNS
 from tests.models.test_detector import images, settings
 
+KINDS = pytest.mark.parametrize("kind", [{}, PATTERNS], ids=["dense", "anchors with patterns"])
 
-def model() -> PatchDetector:
-    built = one_shot_detector(settings(num_classes=None), torch.Generator().manual_seed(0))
-    return built.eval()
+
+def model(**kind: object) -> PatchDetector:
+    told = settings(**(kind | {"num_classes": None}))
+    return one_shot_detector(told, torch.Generator().manual_seed(0)).eval()
 
 
 def crops(count: int, batch: int = 2) -> Tensor:
     return torch.randn(batch, count, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
+@KINDS
 @torch.no_grad()
-def test_searching_one_memory_for_many_crops_finds_what_forward_finds_for_each() -> None:
-    built, pictures, asked = model(), images((64, 96), (96, 32)), crops(3)
+def test_searching_one_memory_for_many_crops_finds_what_forward_finds_for_each(
+    kind: dict[str, object],
+) -> None:
+    built, pictures, asked = model(**kind), images((64, 96), (96, 32)), crops(3)
     memory = built.detector.encode(pictures)
     found = search(built, memory, built.patch_features(asked))
     assert len(found) == 3
@@ -41,9 +47,10 @@ def test_the_crop_goes_to_every_query_and_queries_see_each_other() -> None:
     torch.testing.assert_close(group.position, wanted)
 
 
-def test_training_needs_no_draws_and_reaches_every_trained_weight() -> None:
+@KINDS
+def test_training_needs_no_draws_and_reaches_every_trained_weight(kind: dict[str, object]) -> None:
     """Unused branches would hang or break several workers (peers' bug 5)."""
-    built = model().train()
+    built = model(**kind).train()
     layers = built(images((64, 96), (96, 32)), crops(1)).detection.groups[0].layers
     torch.stack([layer.logits.sum() + layer.boxes.sum() for layer in layers]).sum().backward()
     silent = [n for n, p in built.named_parameters() if p.requires_grad and p.grad is None]
