@@ -33,6 +33,7 @@ from models.dat import FoldedDat
 from models.dat_attention import DatAttention
 from models.deformable_attention import DeformableAttention
 from models.detector import Detector
+from models.neighbourhood import NeighbourhoodAttention
 from models.structures import Images
 
 _CORNERS = 4
@@ -191,7 +192,10 @@ def _watch(model: Detector) -> _Seen:
 
 
 def _watch_backbone(backbone: Backbone, seen: _Seen) -> None:
-    """A DAT as it runs: its keys are sampled, and a bias for each query and key of each head."""
+    """A DAT as it runs: its keys are sampled, and a bias for each query and key of each head.
+
+    Of neighbourhood attention what it is defined as counts, not what its tiles compute beside it.
+    """
 
     def sampled(part: DatAttention, given: tuple[Tensor]) -> None:
         rows, columns = given[0].shape[1:3]
@@ -200,11 +204,17 @@ def _watch_backbone(backbone: Backbone, seen: _Seen) -> None:
         values = keys * (part.kind.channels + part.kind.heads * rows * columns)
         seen.sampling["backbone"] += values * _CORNERS
 
+    def masked(part: NeighbourhoodAttention, given: tuple[Tensor]) -> None:
+        rows, columns = (max(length, part.kernel) for length in given[0].shape[1:3])
+        seen.sampling["backbone"] -= part.masked_products(rows, columns)
+
     runs = backbone.body.fold(torch.float32) if backbone.settings.train else backbone.fold()
     if isinstance(runs, FoldedDat):
         for part in runs.network.modules():
             if isinstance(part, DatAttention):
                 part.register_forward_pre_hook(sampled)
+            if isinstance(part, NeighbourhoodAttention):
+                part.register_forward_pre_hook(masked)
 
 
 class _Selecting(TorchDispatchMode):  # type: ignore[no-untyped-call]

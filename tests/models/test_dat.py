@@ -142,7 +142,7 @@ def test_parameters_are_those_published(name: DatName, size: int, parameters: in
         ("dat_s", 224, 9.008),
         ("dat_b", 224, 15.788),
         ("dat_b", 384, 49.772),
-        pytest.param("dat_pp_t", 224, 4.288, marks=pytest.mark.slow),
+        ("dat_pp_t", 224, 4.288),
     ],
 )
 def test_multiply_adds_are_those_published(name: DatName, size: int, multiply_adds: float) -> None:

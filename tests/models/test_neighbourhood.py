@@ -49,6 +49,11 @@ def test_squares_stay_within_the_map_at_its_borders() -> None:
     assert torch.allclose(part(given), one_cell_at_a_time(part, given))
 
 
+def test_squares_reach_over_the_borders_of_tiles() -> None:
+    part, given = attention(3), torch.randn(1, 10, 17, 6, dtype=torch.float64)
+    assert torch.allclose(part(given), one_cell_at_a_time(part, given))
+
+
 @pytest.mark.parametrize("size", [(3, 7), (7, 2), (1, 1)])
 def test_maps_below_the_square_are_filled_up_with_zeros(size: tuple[int, int]) -> None:
     part, given = attention(5), torch.randn(1, *size, 6, dtype=torch.float64)
