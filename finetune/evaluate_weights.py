@@ -21,6 +21,8 @@ from finetune.classifier_evaluation import ClassifierEvaluation, evaluate_classi
 from finetune.classifier_weights import build_classifier, sizes_of
 from finetune.evaluation import Evaluation, EvaluationSettings, Progress, evaluate_detector
 from finetune.evaluation_report import evaluation_json, evaluation_text
+from finetune.headed import build_headed
+from finetune.headed_evaluation import HeadedEvaluation, evaluate_headed
 from finetune.one_shot import OneShotSettings, shown_as_trained
 from finetune.one_shot_evaluation import evaluate_one_shot, one_shot_test
 from finetune.one_shot_report import OneShotEvaluation, one_shot_json, one_shot_text
@@ -110,7 +112,7 @@ def _judged(
     settings: JudgeSettings,
     device: torch.device,
     progress: Progress | None,
-) -> Evaluation | PanopticEvaluation | OneShotEvaluation | ClassifierEvaluation:
+) -> Evaluation | PanopticEvaluation | OneShotEvaluation | ClassifierEvaluation | HeadedEvaluation:
     world = World.alone(device)
     match artefact.kind:
         case "panoptic" if data.kind == "coco_panoptic":
@@ -128,6 +130,15 @@ def _judged(
             test = one_shot_test(data, one_shot, settings)
             model = finished_one_shot(artefact).to(device)
             return evaluate_one_shot(model, test, world, progress=progress)()
+        case "retinanet" | "mask_rcnn":
+            return evaluate_headed(
+                build_headed(artefact, settings.max_detections).to(device),
+                data,
+                classes_of(artefact, data),
+                settings,
+                world,
+                progress=progress,
+            )()
         case "classifier":
             return evaluate_classifier(
                 build_classifier(artefact).to(device),
@@ -167,12 +178,16 @@ def judged_boxes(
 
 
 def _told(
-    evaluation: Evaluation | PanopticEvaluation | OneShotEvaluation | ClassifierEvaluation,
+    evaluation: Evaluation
+    | PanopticEvaluation
+    | OneShotEvaluation
+    | ClassifierEvaluation
+    | HeadedEvaluation,
 ) -> Judged:
     match evaluation:
         case Evaluation():
             return Judged(evaluation_text(evaluation), evaluation_json(evaluation))
-        case PanopticEvaluation() | ClassifierEvaluation():
+        case PanopticEvaluation() | ClassifierEvaluation() | HeadedEvaluation():
             return Judged(evaluation.text(), evaluation.content())
         case OneShotEvaluation():
             return Judged(one_shot_text(evaluation), one_shot_json(evaluation))

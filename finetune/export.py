@@ -15,7 +15,7 @@ from typing import Literal, assert_never
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.artefacts import (
     BESIDE,
@@ -26,6 +26,7 @@ from finetune.artefacts import (
     open_weights,
 )
 from finetune.classifier_weights import build_classifier
+from finetune.headed import build_headed
 from finetune.model_card import model_card
 from finetune.onnx_export import write_onnx
 from models.artefact import METADATA_KEY, Artefact, artefact_metadata
@@ -98,7 +99,9 @@ def export(
     _check_free(folder, names, overwrite)
     artefact = open_weights(source)
     if artefact.kind == "classifier":
-        return _classifier_export(artefact, format, folder, names)
+        return _as_ours(artefact, build_classifier(artefact), format, folder, names)
+    if artefact.kind in ("retinanet", "mask_rcnn"):
+        return _as_ours(artefact, build_headed(artefact), format, folder, names)
     detector = _detector(artefact)
     with tempfile.TemporaryDirectory(prefix="querypatch-export-") as scratch:
         spool = Path(scratch)
@@ -166,16 +169,22 @@ def _write(
             assert_never(format)
 
 
-def _classifier_export(
-    artefact: Artefact, format: ExportFormat, folder: RunFolder, names: Sequence[str]
+def _as_ours(
+    artefact: Artefact,
+    model: nn.Module,
+    format: ExportFormat,
+    folder: RunFolder,
+    names: Sequence[str],
 ) -> Export:
+    """What has no public form."""
     if format != "querypatch":
         raise WeightsError(
-            f"{artefact.source} is a classifier, format {format} holds detectors alone; export it "
-            "with format querypatch, which a detector takes by model.backbone.weights="
+            f"{artefact.source} is a {artefact.kind}, format {format} holds DETR detectors alone; "
+            "export it with format querypatch, of which a detector takes the backbone by "
+            "model.backbone.weights="
         )
     with tempfile.TemporaryDirectory(prefix="querypatch-export-") as scratch:
-        _write_ours(artefact, build_classifier(artefact).state_dict(), Path(scratch))
+        _write_ours(artefact, model.state_dict(), Path(scratch))
         for name in names:
             folder.put(Path(scratch) / name, name)
     return Export(tuple(f"{folder.url}/{name}" for name in names), ())

@@ -17,6 +17,9 @@ QUALITY_NAMES = tuple(
 ACCURACY_NAMES = ("top1", "top5")
 """Of a classifier."""
 
+MASK_NAMES = ("mask_ap", "mask_ap50", "mask_ap75")
+"""Of Mask R-CNN's masks, where the data have some."""
+
 _PRECISIONS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 _RECALLS_BY_SIZE = ("ar_small", "ar_medium", "ar_large")
 

@@ -97,6 +97,10 @@ def _title(artefact: Artefact) -> str:
             return "A panoptic DETR"
         case "classifier":
             return "A classifier"
+        case "retinanet":
+            return "A RetinaNet"
+        case "mask_rcnn":
+            return "A Mask R-CNN"
 
 
 def _results(artefact: Artefact) -> str:

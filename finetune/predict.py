@@ -229,6 +229,11 @@ def _check_kind(artefact: Artefact) -> None:
                 f"{artefact.source} is of pretraining: it finds patches and knows no classes; "
                 "finetune it first (init=...)"
             )
+        case "retinanet" | "mask_rcnn":
+            raise ValueError(
+                f"{artefact.source} is a {artefact.kind}: it is trained, evaluated and exported "
+                "here, and not drawn; load its weights with torchvision, or use a detector"
+            )
         case "classifier":
             raise ValueError(
                 f"{artefact.source} is a classifier: it says what a picture shows and finds no "

@@ -13,7 +13,13 @@ from data.subsets import SubsetSettings
 from finetune.classify import ClassifySettings
 from finetune.distill import DistillSettings
 from finetune.evaluation import EvaluationSettings
-from finetune.metric_names import ACCURACY_NAMES, QUALITY_NAMES, number_names, one_shot_names
+from finetune.metric_names import (
+    ACCURACY_NAMES,
+    MASK_NAMES,
+    QUALITY_NAMES,
+    number_names,
+    one_shot_names,
+)
 from finetune.one_shot import OneShotSettings
 from finetune.panoptic import PanopticSettings
 from models.detector_settings import DetectorSettings
@@ -75,9 +81,10 @@ class FinetuneRecipe(RunRecipe):
 
     stage: Literal["finetune"] = "finetune"
     """The kind of run that this recipe is of."""
-    task: Literal["detect", "one_shot", "panoptic", "classify"] = "detect"
+    task: Literal["detect", "one_shot", "panoptic", "classify", "retinanet", "mask_rcnn"] = "detect"
     """Boxes of all classes; boxes of the class of a query crop; a mask head on a finished detector;
-    one class for a whole picture, by the backbone alone.
+    one class for a whole picture, by the backbone alone; boxes, or boxes and masks, by
+    torchvision's heads on the backbone.
     """
     from_scratch: bool = False
     """Start with random weights in all but the backbone: to be said where `init` is not."""
@@ -164,6 +171,11 @@ class FinetuneRecipe(RunRecipe):
                 return QUALITY_NAMES
             case "classify":
                 return ACCURACY_NAMES
+            case "retinanet":
+                return number_names(settings.protocols, settings.max_detections)
+            case "mask_rcnn":
+                numbers = number_names(settings.protocols, settings.max_detections)
+                return (*numbers, *MASK_NAMES)
             case _:
                 assert_never(self.task)
 

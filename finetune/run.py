@@ -18,6 +18,7 @@ from data.stream import ExactStream
 from finetune.classification import classification_task
 from finetune.classifier_weights import classifier_input, resolve_classifier
 from finetune.detection import detection_task
+from finetune.headed import headed_task
 from finetune.keeping import Keeper, Metadata, history_of
 from finetune.one_shot_task import check_unseen, one_shot_task
 from finetune.one_shot_weights import resolve_one_shot_model
@@ -60,6 +61,8 @@ def finetune(recipe: FinetuneRecipe, host: Host) -> Position:
             return _run(recipe, host, sets, one_shot_task(recipe, sets, host.world, is_fresh))
         case "panoptic":
             return _run(recipe, host, sets, panoptic_task(recipe, sets, host.world, is_fresh))
+        case "retinanet" | "mask_rcnn" as head:
+            return _run(recipe, host, sets, headed_task(recipe, head, sets, host.world, is_fresh))
         case "classify":
             return _run(recipe, host, sets, classification_task(recipe, sets, host.world, is_fresh))
         case _:
@@ -98,7 +101,7 @@ def checked_recipe(
 def _resolved(recipe: FinetuneRecipe, classes: Classes) -> DetectorSettings:
     if recipe.task == "one_shot":
         return resolve_one_shot_model(recipe.model, recipe.init)
-    if recipe.task == "classify":
+    if recipe.task in ("classify", "retinanet", "mask_rcnn"):
         return resolve_classifier(recipe.model, recipe.init, classes)
     model = resolve_model(recipe.model, recipe.init, classes)
     if recipe.task == "panoptic":

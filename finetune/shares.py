@@ -120,7 +120,7 @@ def predict_layers(
 ) -> tuple[Share, ...]:
     """As `predict_share`, what each of these decoder layers says, in one pass over the batches."""
     class_map = map_classes(model_classes, classes)
-    finds = tuple(_Finds() for _ in layers)
+    finds = tuple(Finds() for _ in layers)
     skipped: list[str] = []
     corr = defaultdict[str, float](float)
     for batch in batches:
@@ -148,7 +148,7 @@ def predict_layers(
 
 
 @dataclass
-class _Finds:
+class Finds:
     """What one layer found so far."""
 
     pictures: list[JudgedPicture] = field(default_factory=list)

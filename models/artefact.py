@@ -26,9 +26,12 @@ METADATA_KEY = "querypatch"
 STEP_KEY = "step"
 """Where a training checkpoint's step lies in a safetensors header."""
 
-ArtefactKind = Literal["detector", "patch_detector", "one_shot", "panoptic", "classifier"]
+ArtefactKind = Literal[
+    "detector", "patch_detector", "one_shot", "panoptic", "classifier", "retinanet", "mask_rcnn"
+]
 """Which model the tensors are of: `Detector`, one that holds a `Detector` as `detector`, or a
-`Classifier`, of whose `detector` settings the backbone and the number of classes count.
+`Classifier` or `HeadedDetector`, of whose `detector` settings the backbone and the number of
+classes count.
 """
 
 

@@ -25,6 +25,7 @@ from data.picture_files import open_reader, read_one
 from data.stream import ExactStream
 from finetune.classification import classification_task
 from finetune.detection import detection_task
+from finetune.headed import headed_task
 from finetune.one_shot_task import one_shot_task
 from finetune.panoptic_task import panoptic_task
 from finetune.recipe import FinetuneRecipe
@@ -101,6 +102,8 @@ def _finetuning(recipe: FinetuneRecipe, device: torch.device, sets: TaskSets) ->
             return _of_task(recipe, device, sets, one_shot_task(recipe, sets, world, True))
         case "panoptic":
             return _of_task(recipe, device, sets, panoptic_task(recipe, sets, world, True))
+        case "retinanet" | "mask_rcnn" as head:
+            return _of_task(recipe, device, sets, headed_task(recipe, head, sets, world, True))
         case "classify":
             return _of_task(recipe, device, sets, classification_task(recipe, sets, world, True))
         case _:

@@ -25,7 +25,7 @@ RANDOM_WEIGHTS = "random"
 LEFT_OUT = ("fc.*", "*.num_batches_tracked", "projection_head.*", "prototypes.*")
 """Classifiers of torchvision and timm, BatchNorm's counters, SwAV's heads."""
 
-_OUR_BODIES = ("backbone.body.", "detector.backbone.body.")
+_OUR_BODIES = ("backbone.body.", "detector.backbone.body.", "model.backbone.own.body.")
 """Where the backbone of our own classifiers and detectors has its tensors."""
 
 _OUR_TRANSFORMERS = "patch_embedding."

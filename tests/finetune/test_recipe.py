@@ -33,11 +33,13 @@ WITHOUT_TWIN = (
     "coco_panoptic_masks",
     "coco_deformable_r50_dc5_scratch",
     "coco_deformable_r50_single_scale_scratch",
-    *("imagenet_dat_t_scratch", "classify_tiny_cpu_scratch"),
+    *("imagenet_dat_t_scratch", "classify_tiny_cpu_scratch", "retinanet_tiny_cpu_scratch"),
+    *("coco_retinanet_dat_t_scratch", "coco_mask_rcnn_dat_t_scratch"),
     *("coco_d3etr_r50_scratch", "coco_d3etr_r50_12ep_scratch", "coco_d3etr_r18_12ep_scratch"),
 )
 """A mask head is never trained on anything but a finished detector; how many maps a pretrained
-transformer reads is its own affair; any recipe takes a teacher; a classifier has no transformer.
+transformer reads is its own affair; any recipe takes a teacher; a classifier and
+torchvision's heads have no transformer.
 """
 ASKED = {
     *("encoder_attention", "decoder_attention", "class_scores", "box_refinement", "two_stage"),
