@@ -23,6 +23,9 @@ from models.initialise import initialise
 from models.interop.backbones import file_names, load_backbone
 from models.interop.checkpoint_files import WeightsError
 from models.interop.classifiers import classifier_name, load_classifier
+from models.interop.deformable import to_deformable_names
+from models.interop.detr import refuse_nameless
+from models.interop.hugging_face import hugging_face_config
 from models.windows import relative_position_index
 from tests.models.test_detector import images
 
@@ -175,6 +178,19 @@ def test_detectors_stand_on_a_dat(kind: dict[str, object]) -> None:
         answer = detector(images((70, 100), (64, 64))).groups[0].layers[-1]
     assert answer.boxes.shape == (2, 5, 4)
     assert answer.logits.isfinite().all()
+
+
+def test_public_names_of_detectors_have_none_for_a_dat() -> None:
+    backbone = {"name": "dat_t", "weights": "random"}
+    dense = DetectorSettings.model_validate({"backbone": backbone, "num_classes": 3})
+    deformable = {"encoder_attention": "deformable", "decoder_attention": "deformable"}
+    sigmoid = deformable | {"class_scores": "sigmoid", "backbone": backbone, "num_classes": 3}
+    with pytest.raises(WeightsError, match=r"backbone.name=dat_t is in no public detector"):
+        to_deformable_names({}, DetectorSettings.model_validate(sigmoid))
+    with pytest.raises(WeightsError, match=r"backbone.name=dat_t with dense attention"):
+        refuse_nameless(dense)
+    with pytest.raises(WeightsError, match=r"cannot express backbone.name=dat_t"):
+        hugging_face_config(dense, None)
 
 
 def classifier(name: DatName = "dat_t", num_classes: int = 5, **changes: object) -> Classifier:
