@@ -1,4 +1,7 @@
-"""Learning from a teacher (D3ETR): groups, maps, losses, gradients, shares, what comes out."""
+"""Learning from a teacher (D3ETR): groups, maps, losses, gradients, shares, what comes out.
+
+Numbered tests are those of the method's specification; 6 and 10 are in tests/models.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -71,6 +74,17 @@ def losses_of(
 
 def kd_terms(losses: Losses) -> dict[str, float]:
     return {name: float(term) for name, term in losses.terms.items() if name.count("/") == 3}
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_1_recording_changes_no_answer(kind: str) -> None:
+    """Parity with the public code itself: `tests.parity`."""
+    student, images = detector_of(kind).eval(), batch_of_two().images
+    with torch.no_grad():
+        plain, recorded = student(images).groups[0], student(images, "all").groups[0]
+    for one, other in zip(plain.layers, recorded.layers, strict=True):
+        torch.testing.assert_close(one.logits, other.logits)
+        torch.testing.assert_close(one.boxes, other.boxes)
 
 
 @pytest.mark.parametrize("kind", KIND_NAMES)

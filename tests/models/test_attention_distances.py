@@ -76,7 +76,7 @@ def samples() -> SampledAttention:
     return SampledAttention(locations, weights.view(1, 2, 2, len(SHAPES), 3))
 
 
-def test_token_shares_are_a_splat_onto_four_cells() -> None:
+def test_10_token_shares_are_a_splat_onto_four_cells() -> None:
     given = samples()
     expected = torch.zeros(1, 2, 3 * 4 + 2 * 2)
     starts = (0, 12)
@@ -94,7 +94,7 @@ def test_token_shares_are_a_splat_onto_four_cells() -> None:
     torch.testing.assert_close(token_shares(given, SHAPES), expected)
 
 
-def test_token_shares_are_sparse_detrs_map_and_have_gradients() -> None:
+def test_10_token_shares_are_sparse_detrs_map_and_have_gradients() -> None:
     given = samples()
     locations = given.locations.clone().requires_grad_()
     weights = given.weights.clone().requires_grad_()
@@ -108,7 +108,7 @@ def test_token_shares_are_sparse_detrs_map_and_have_gradients() -> None:
         assert tensor.grad.abs().sum() > 0
 
 
-def test_all_of_what_falls_inside_is_counted() -> None:
+def test_10_all_of_what_falls_inside_is_counted() -> None:
     inside = SampledAttention(
         torch.full((1, 2, 2, 2, 3, 2), 0.5), torch.full((1, 2, 2, 2, 3), 1 / 6)
     )

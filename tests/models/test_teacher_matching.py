@@ -38,7 +38,7 @@ def test_the_cost_is_kl_of_the_classes_and_distance_of_the_boxes(scores: str) ->
         torch.testing.assert_close(found[picture, student, teacher], expected)
 
 
-def test_of_more_teachers_with_sure_decoys_the_true_partners_are_found() -> None:
+def test_6_of_more_teachers_with_sure_decoys_the_true_partners_are_found() -> None:
     """The cross-entropy alone would prefer those that are sure that nothing is there (6 to 11)."""
     generator = torch.Generator().manual_seed(0)
     theirs = torch.randn(1, 1, 6, 3, generator=generator) * 0.7
