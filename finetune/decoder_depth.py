@@ -112,6 +112,7 @@ def draw_decoder_depth(study: DecoderDepthStudy, out: Path) -> None:
     axes.set_title(name, fontsize=10)
     axes.set_xlabel("decoder layers that are left", fontsize=8)
     axes.set_xticks(layers)
+    axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes = figure.add_subplot(1, 2, 2)

@@ -1,6 +1,6 @@
 """The model card of an exported detector: what it is, how good, whence, and how to load it."""
 
-from typing import Literal
+from typing import Literal, assert_never
 
 from models.artefact import Artefact, querypatch_version
 from models.detector_settings import DetectorSettings
@@ -30,15 +30,28 @@ _LOAD_OTHERS = """It is no detector of classes by itself: name it with `init=` i
 """
 
 
+_LOAD_BACKBONES = """`querypatch evaluate THIS_FOLDER DATA`; with a classifier
+`querypatch predict THIS_FOLDER pictures/` too.
+A detector takes the backbone with `model.backbone.weights=THIS_FOLDER/model.safetensors`.
+"""
+
+
 def model_card(artefact: Artefact, form: Literal["querypatch", "hf"]) -> str:
     """Markdown with the front matter of model hubs; numbers are those that the weights bring."""
-    tags = "\n".join(f"- {tag}" for tag in ("object-detection", "detr", "querypatch"))
+    pipeline, family = "object-detection", "detr"
+    if artefact.kind == "classifier":
+        pipeline, family = "image-classification", artefact.detector.backbone.name
+    elif artefact.kind in ("retinanet", "mask_rcnn"):
+        family = artefact.kind
+    tags = "\n".join(f"- {tag}" for tag in (pipeline, family, "querypatch"))
     library = "transformers" if form == "hf" else "querypatch"
     load = _LOAD[form] if artefact.kind in ("detector", "panoptic") else _LOAD_OTHERS
+    if artefact.kind in ("classifier", "retinanet", "mask_rcnn"):
+        load = _LOAD_BACKBONES
     sections = (
-        f"---\nlibrary_name: {library}\npipeline_tag: object-detection\ntags:\n{tags}\n---",
+        f"---\nlibrary_name: {library}\npipeline_tag: {pipeline}\ntags:\n{tags}\n---",
         f"# {_title(artefact)}",
-        architecture(artefact.detector),
+        architecture(artefact),
         f"## Results\n\n{_results(artefact)}",
         f"## Classes\n\n{_classes(artefact)}",
         f"## Input\n\n{_input(artefact)}",
@@ -48,8 +61,22 @@ def model_card(artefact: Artefact, form: Literal["querypatch", "hf"]) -> str:
     return "\n\n".join(sections)
 
 
-def architecture(settings: DetectorSettings) -> str:
-    """The detector in one line."""
+def architecture(artefact: Artefact) -> str:
+    """The network in one line."""
+    settings = artefact.detector
+    backbone, count = settings.backbone, settings.num_classes
+    match artefact.kind:
+        case "classifier":
+            return f"{backbone.name} ({backbone.output}) with a linear head, {count} classes"
+        case "retinanet" | "mask_rcnn":
+            return f"{artefact.kind} on a feature pyramid over {backbone.name}, {count} classes"
+        case "detector" | "patch_detector" | "one_shot" | "panoptic":
+            return _detector(settings)
+        case _:
+            assert_never(artefact.kind)
+
+
+def _detector(settings: DetectorSettings) -> str:
     backbone = settings.backbone
     dilated = " DC5" if backbone.dilation else ""
     return (
@@ -122,6 +149,13 @@ def _classes(artefact: Artefact) -> str:
 
 def _input(artefact: Artefact) -> str:
     size = artefact.input
+    if size.resize is not None:
+        shape = "with" if size.keep_aspect else "as a square, without"
+        return (
+            f"RGB, {size.resize} pixels on the shorter side, {shape} its shape; the middle "
+            f"{size.short_side} x {size.short_side} pixels, normalised by ImageNet's mean and "
+            "deviation."
+        )
     return (
         f"RGB, shorter side {size.short_side} pixels and at most {size.max_size} on the longer "
         "one, normalised by ImageNet's mean and deviation, padded with zeros."

@@ -31,7 +31,7 @@ def described(artefact: Artefact) -> str:
     lines = {
         "source": artefact.source,
         "kind": f"{artefact.kind} ({_FORMS[artefact.form]})",
-        "architecture": architecture(artefact.detector),
+        "architecture": architecture(artefact),
         "guessed": ", ".join(artefact.guessed),
         "notes": "; ".join(artefact.notes),
         "classes": _classes(artefact),

@@ -125,6 +125,9 @@ def test_three_classes_are_learned_resumed_to_the_last_bit_judged_and_used(
 
     done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in card
+    assert "resnet18 (layer4) with a linear head, 3 classes" in card
     picture = shards.parent / "tree" / "spots" / "1.png"
     out = tmp_path / "said"
     done = CliRunner().invoke(app, ["predict", str(tmp_path / "out"), str(picture), "-o", str(out)])
