@@ -22,7 +22,7 @@ from finetune.classifier_weights import initial_classifier
 from finetune.classify import MixSettings
 from finetune.evaluation import Progress
 from finetune.recipe import FinetuneRecipe
-from finetune.task import Judgement, Scoring, Task, TaskSets
+from finetune.task import Scoring, Task, TaskSets, judging
 from models.classifier import Classifier
 from models.interop.placing import LoadReport
 from models.shares import Share, counts_of
@@ -157,11 +157,6 @@ def _evaluation(
             recipe.data.stream.reading,
             progress,
         )
-
-        def score() -> Judgement:
-            evaluation = scoring()
-            return Judgement(evaluation.metrics(), evaluation.content())
-
-        return score
+        return judging(scoring)
 
     return evaluate

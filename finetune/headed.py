@@ -21,7 +21,7 @@ from finetune.artefacts import open_weights
 from finetune.evaluation import Progress
 from finetune.headed_evaluation import evaluate_headed
 from finetune.recipe import FinetuneRecipe
-from finetune.task import Judgement, Scoring, Task, TaskSets
+from finetune.task import Scoring, Task, TaskSets, judging
 from models.artefact import Artefact
 from models.interop.backbones import load_backbone
 from models.interop.checkpoint_files import WeightsError
@@ -208,11 +208,6 @@ def _evaluation(
             recipe.data.stream.reading,
             progress,
         )
-
-        def score() -> Judgement:
-            evaluation = scoring()
-            return Judgement(evaluation.metrics(), evaluation.content())
-
-        return score
+        return judging(scoring)
 
     return evaluate

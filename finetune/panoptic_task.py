@@ -20,7 +20,7 @@ from finetune.evaluation import Progress
 from finetune.panoptic_evaluation import evaluate_panoptic
 from finetune.panoptic_weights import load_mask_head
 from finetune.recipe import FinetuneRecipe
-from finetune.task import Judgement, Scoring, Task, TaskSets
+from finetune.task import Scoring, Task, TaskSets, judging
 from finetune.transfer import initial_detector
 from models.artefact import Artefact
 from models.detector import Detector
@@ -180,11 +180,6 @@ def _evaluation(
             recipe.data.stream.reading,
             progress,
         )
-
-        def score() -> Judgement:
-            evaluation = scoring()
-            return Judgement(evaluation.metrics(), evaluation.content())
-
-        return score
+        return judging(scoring)
 
     return evaluate

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic
+from typing import Generic, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -28,6 +28,29 @@ class Judgement:
 
 Scoring = Callable[[], Judgement]
 """What is left to do when everything is predicted; may be called in another thread."""
+
+
+@runtime_checkable
+class Told(Protocol):
+    """An evaluation that tells of itself."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers by name; only those that exist."""
+        ...
+
+    def content(self) -> dict[str, object]:
+        """Everything, as values of JSON."""
+        ...
+
+
+def judging(scoring: Callable[[], Told]) -> Scoring:
+    """What is left to do of an evaluation, as the run wants it."""
+
+    def score() -> Judgement:
+        found = scoring()
+        return Judgement(found.metrics(), found.content())
+
+    return score
 
 
 @dataclass(frozen=True)
