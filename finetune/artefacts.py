@@ -76,10 +76,15 @@ def build_detector(artefact: Artefact) -> Detector:
     Raises:
         WeightsError: it finds no classes, or its tensors do not fit its architecture.
     """
+    if artefact.kind in ("classifier", "retinanet", "mask_rcnn"):
+        raise WeightsError(
+            f"{artefact.source} is a {artefact.kind}, not a DETR detector; take its backbone for "
+            "one with model.backbone.weights="
+        )
     if artefact.kind not in ("detector", "panoptic"):
         raise WeightsError(
-            f"{artefact.source} is a {artefact.kind}, which finds no objects of its classes; "
-            "finetune a detector with init= this file, or with a classifier's backbone"
+            f"{artefact.source} is a {artefact.kind}: it finds what a crop shows and knows no "
+            "classes; finetune a detector with init= this file"
         )
     detector = Detector(artefact.detector, torch.Generator())
     fill(detector, artefact, left_out=BESIDE if artefact.kind == "panoptic" else OF_DISTILLATION)
