@@ -1,7 +1,6 @@
 """What a student learns with and without D3ETR, in minutes on one core; and what a step costs.
 
     python -m benchmarks.distillation learn --output DIR [--seeds 3] [--steps 500]
-    python -m benchmarks.distillation real --data VOC2012#train --weights resnet50_layer3.pth
     python -m benchmarks.distillation cost [--side 320]
 
 `learn`: drawn scenes of 64 x 64 pixels with one to three boxes of four classes; cells of 8 x 8
@@ -10,11 +9,6 @@ pixels are the features, there is no CNN. A Conditional DETR decoder of three la
 twelve random projections of it (a weaker backbone) and train for 500, each variant from the same
 first weights and with the same batches. AP50 on 160 other scenes, every 50 steps. Writes
 DIR/distillation.json and DIR/distillation.png.
-
-`real`: photographs. A Conditional DETR of two encoder and two decoder layers on frozen features
-learns 16 of them by heart in 360 steps and is the teacher; students with one encoder and one
-decoder layer of half the width have 120 steps, without and with it, three seeds. AP50 of the same
-pictures. Writes DIR/distillation_real.json.
 
 `cost`: steps of Conditional DETR, ResNet-18 from ResNet-50, with and without a teacher, in turn;
 the share that the multiply-adds would make; and the copies from device to host of the matching.
@@ -32,14 +26,10 @@ from unittest.mock import patch
 import matplotlib as mpl
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from benchmarks.overfit import overfit_recipe
-from cluster.worker import run_alone
 from finetune.distill import DistillSettings
 from finetune.distillation import DistillationObjective
-from finetune.keeping import history_of
 from finetune.objective import DetectionObjective
 from finetune.teacher import Teacher
 from models.boxes import cxcywh_to_xyxy, iou
@@ -53,7 +43,6 @@ from models.shares import Share
 from models.structures import DetectionBatch, Images, Memory, Targets, padding_of
 from pretrain.detection_ap import PictureDetections, average_precision
 from training.job import Objective
-from training.run_folder import open_run_folder
 
 mpl.use("Agg")
 
@@ -270,35 +259,6 @@ def _course(what: str, values: Sequence[float], digits: int) -> str:
     return f", {what} {values[0]:.{digits}f} -> {values[-1]:.{digits}f}"
 
 
-def learn_by_heart(output: Path, data: str, weights: str, seeds: int) -> None:
-    """Prints a table, and writes the numbers."""
-    quiet, steps = Console(quiet=True), 120
-    teacher = output / "teacher"
-    run_alone(overfit_recipe(data, weights, teacher, 16, 0, 360, 160, family="conditional"), quiet)
-    print(f"teacher: AP50 {_ap50(teacher)[-1][1]:.3f}", flush=True)
-    smaller = ("model.encoder_layers=1", "model.decoder_layers=1", "model.hidden_dim=64")
-    told = {"no teacher": (), "D3ETR": (f"distill.teacher={teacher}",)}
-    found: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in told}
-    for seed in range(seeds):
-        for name, overrides in told.items():
-            run = output / f"{name.replace(' ', '_')}_{seed}"
-            others = (*smaller, f"seed={seed}", f"loop.evaluate_every={steps // 6}", *overrides)
-            run_alone(
-                overfit_recipe(
-                    data, weights, run, 16, 0, steps, 160, overrides=others, family="conditional"
-                ),
-                quiet,
-            )
-            found[name].append(_ap50(run))
-            curve = "  ".join(f"{value:.3f}" for _, value in found[name][-1])
-            print(f"seed {seed}  {name:12} AP50 every {steps // 6} steps: {curve}", flush=True)
-    (output / "distillation_real.json").write_text(json.dumps(found))
-
-
-def _ap50(run: Path) -> list[tuple[int, float]]:
-    return list(history_of(open_run_folder(str(run)), "eval/ap50"))
-
-
 def draw(place: Path, curves: Mapping[str, Sequence[Curve]], teacher: float) -> None:
     """Learning curves: the mean over the seeds, and the range as a band."""
     from matplotlib import pyplot as plt
@@ -413,9 +373,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("learn", "real", "cost"))
-    parser.add_argument("--data", help="of `real`: a labelled set, e.g. VOC2012#train")
-    parser.add_argument("--weights", help="of `real`: ResNet-50, stride in the 1x1")
+    parser.add_argument("what", choices=("learn", "cost"))
     parser.add_argument("--output", type=Path, default=Path("distillation"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
@@ -424,10 +382,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "learn":
         learn(arguments.output, arguments.seeds, arguments.steps)
-    elif arguments.what == "real":
-        if not (arguments.data and arguments.weights):
-            parser.error("real needs --data and --weights")
-        learn_by_heart(arguments.output, arguments.data, arguments.weights, arguments.seeds)
     else:
         cost(arguments.side, arguments.repeats)
 

@@ -160,7 +160,7 @@ def ranks(
     numbers = torch.arange(logits.shape[1], device=logits.device)
     before = (logits > true) | ((logits == true) & (numbers < labels[:, None]))
     found = before.sum(1)
-    return torch.where(true[:, 0].isnan(), logits.shape[1], found)
+    return torch.where(true[:, 0].isnan(), max(FEW, logits.shape[1]), found)
 
 
 @torch.no_grad()

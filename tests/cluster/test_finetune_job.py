@@ -28,7 +28,7 @@ TOLD = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_finetuning_job_that_is_killed_goes_on_as_if_it_had_not_been_and_is_used(
     tmp_path: Path,
