@@ -88,6 +88,14 @@ def test_lines_that_are_lost_at_the_end_are_told(
     assert "the disk did not take the last" in caplog.text
 
 
+def points_in(file: Path) -> list[int]:
+    """Steps of one file of curves: those of one second have no order that their names tell."""
+    curves = EventAccumulator(str(file))
+    curves.Reload()
+    known = curves.Tags()["scalars"]
+    return [e.step for e in curves.Scalars("eval/metric7")] if "eval/metric7" in known else []
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_run_on_a_full_disk_goes_on_and_stores_when_there_is_room(disk: Disk) -> None:
     folder = run_on(disk)
@@ -120,10 +128,7 @@ def test_a_run_on_a_full_disk_goes_on_and_stores_when_there_is_room(disk: Disk) 
     uploads.close()
     assert [manifest.step for manifest in list_checkpoints(folder)] == [6, 5]
     assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
-    curves = EventAccumulator(str(disk.place / "run/events"))
-    curves.Reload()
-    points = [event.step for event in curves.Scalars("eval/metric7")]
-    assert points[0] == 1
-    assert points[-1] == 6
+    points = [step for file in (disk.place / "run/events").iterdir() for step in points_in(file)]
+    assert (min(points), max(points)) == (1, 6)
     for line in (disk.place / "run/metrics.jsonl").read_text().splitlines():
         json.loads(line)
